@@ -1,0 +1,257 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
+#define FASTRNN_POSIX 1
+#endif
+
+#include "isa.h"
+
+namespace fastrnn {
+
+Rows::Rows(int64_t N_, int64_t B_, const int64_t* batch_sizes, int64_t T_) : B(B_), N(N_) {
+  if (N < 0 || B < 0) {
+    throw std::invalid_argument("expected N >= 0 and B >= 0, got N=" + std::to_string(N) +
+                                ", B=" + std::to_string(B));
+  }
+  if (!batch_sizes) {
+    T = B ? N / B : 0;
+    if (T * B != N) {
+      throw std::invalid_argument("expected N to be a multiple of B, got N=" + std::to_string(N) +
+                                  ", B=" + std::to_string(B));
+    }
+    return;
+  }
+  T = T_;
+  offsets.resize(T + 1);
+  lengths.assign(B, 0);
+  int64_t before = B, sum = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    const int64_t n = batch_sizes[t];
+    if (n <= 0 || n > before || n > N - sum || (t == 0 && n != B)) {
+      throw std::invalid_argument(
+          "expected batch_sizes that start with B=" + std::to_string(B) +
+          ", never increase, stay above 0 and add up to N=" + std::to_string(N) + ", got " +
+          std::to_string(n) + " at step " + std::to_string(t));
+    }
+    offsets[t] = sum;
+    sum += n;
+    for (int64_t r = n; r < before; ++r) lengths[r] = t;
+    before = n;
+  }
+  offsets[T] = sum;
+  for (int64_t r = 0; r < before; ++r) lengths[r] = T;
+  if (sum != N) {
+    throw std::invalid_argument("expected batch_sizes that add up to N=" + std::to_string(N) +
+                                ", got " + std::to_string(sum));
+  }
+}
+
+namespace {
+
+// Below this much arithmetic, waking the pool costs more than a second thread saves.
+constexpr double kSerialFlops = 5e5;
+// A step shared by threads must bring each of them this much, or the barrier eats the gain.
+constexpr double kStepFlops = 5e4;
+// What one core keeps to itself; weights beyond it come over a shared path again at every step.
+constexpr double kCoreCache = 1 << 20;
+// So many rows per thread hide the time their weights take to arrive.
+constexpr int64_t kRowsThatHideWeights = 8;
+
+bool g_forked = false;
+
+#ifdef FASTRNN_POSIX
+// libgomp's threads do not survive fork and the child would wait for them for ever.
+const int g_fork_handler = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
+#endif
+
+}  // namespace
+
+Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, double flops, double bytes) {
+  const int64_t B = rows.B;
+  const double work = flops * static_cast<double>(rows.N) * D;
+  threads = work < kSerialFlops || g_forked ? 1 : std::max(1, wanted);
+  const int64_t sequences = B * D;
+  if (threads > 1 && may_split_units) {
+    const double step = flops * static_cast<double>(B);
+    const bool idle = sequences < threads;
+    const bool starved = bytes > kCoreCache && B < kRowsThatHideWeights * threads && D < threads;
+    units = (idle || starved) && step > kStepFlops * threads;
+  }
+  if (units) {
+    for (int d = 0; d < D; ++d) tasks.push_back({d, 0, B});
+    most_rows = B;
+    return;
+  }
+  threads = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(sequences, 1)));
+  // Cut the sequences, one direction after the other, into shares of equally many rows.
+  int64_t row = 0, done = 0;
+  int d = 0;
+  const int64_t total = rows.N * D;
+  for (int k = 1; k <= threads; ++k) {
+    const int64_t target = k == threads ? total : total / threads * k;
+    while (d < D && (done < target || k == threads)) {
+      const int64_t first = row;
+      while (row < B && (k == threads || done + rows.length(row) / 2 < target)) {
+        done += rows.length(row++);
+      }
+      if (row > first) {
+        tasks.push_back({d, first, row});
+        most_rows = std::max(most_rows, row - first);
+      }
+      if (row < B) break;
+      row = 0;
+      ++d;
+    }
+  }
+}
+
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kMostKept = 8;                       // blocks
+constexpr size_t kLargestKept = size_t{256} << 20;    // bytes
+
+struct Block {
+  void* data;
+  size_t capacity;
+};
+
+std::mutex g_mutex;
+std::vector<Block> g_kept;
+std::atomic<bool> g_poison{false};
+
+void* allocate(size_t bytes) {
+  const size_t alignment = bytes >= kHugePage ? kHugePage : 4096;
+  void* p = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  if (!p) throw std::bad_alloc();
+#if defined(FASTRNN_POSIX) && defined(MADV_HUGEPAGE)
+  if (bytes >= kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+  return p;
+}
+
+}  // namespace
+
+Scratch::Scratch(size_t bytes) {
+  bytes = std::max<size_t>(bytes, 1);
+  // try_lock: a child forked while another thread held the mutex must not wait for it.
+  if (std::unique_lock<std::mutex> lock(g_mutex, std::try_to_lock); lock) {
+    auto best = g_kept.end();
+    for (auto it = g_kept.begin(); it != g_kept.end(); ++it) {
+      if (it->capacity >= bytes && (best == g_kept.end() || it->capacity < best->capacity)) {
+        best = it;
+      }
+    }
+    if (best != g_kept.end()) {
+      data_ = best->data;
+      capacity_ = best->capacity;
+      g_kept.erase(best);
+    }
+  }
+  if (!data_) {
+    data_ = allocate(bytes);
+    capacity_ = bytes;
+  }
+  if (g_poison.load(std::memory_order_relaxed)) std::memset(data_, 0xff, capacity_);
+}
+
+Scratch::~Scratch() {
+  void* drop = data_;
+  if (capacity_ <= kLargestKept) {
+    if (std::unique_lock<std::mutex> lock(g_mutex, std::try_to_lock); lock) {
+      // The destructor must not throw; reserve() may, and then the block is simply freed.
+      try {
+        g_kept.reserve(kMostKept + 1);
+        g_kept.push_back({data_, capacity_});
+        drop = nullptr;
+        if (g_kept.size() > kMostKept) {
+          auto least = std::min_element(
+              g_kept.begin(), g_kept.end(),
+              [](const Block& a, const Block& b) { return a.capacity < b.capacity; });
+          drop = least->data;
+          g_kept.erase(least);
+        }
+      } catch (const std::bad_alloc&) {
+      }
+    }
+  }
+  std::free(drop);
+}
+
+void Scratch::poison(bool on) { g_poison.store(on); }
+
+void Barrier::wait(int team) {
+  if (team == 1) return;
+  const int phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == team - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+    if (spins < 2000) {
+#if defined(__x86_64__) || defined(__i386__)
+      __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
+#endif
+    } else {
+#ifdef FASTRNN_POSIX
+      sched_yield();
+#endif
+    }
+  }
+}
+
+void parallel(int threads, Job job, void* context) {
+  Barrier barrier;
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel
+    job(context, omp_get_thread_num(), omp_get_num_threads(), barrier);
+    return;
+  }
+#endif
+  (void)threads;
+  job(context, 0, 1, barrier);
+}
+
+const char* threading() {
+#ifdef _OPENMP
+  return "OpenMP";
+#else
+  return nullptr;
+#endif
+}
+
+int set_threads(int threads) {
+#ifdef _OPENMP
+  if (threads > 0 && omp_get_max_threads() != threads) omp_set_num_threads(threads);
+  return omp_get_max_threads();
+#else
+  (void)threads;
+  return 1;
+#endif
+}
+
+const std::vector<const Engine*>& engines() {
+  static const std::vector<const Engine*> all = {FASTRNN_ENGINES};
+  return all;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,37 @@
+"""fastrnn: drop-in recurrent layers for PyTorch on fused kernels.
+
+>>> import torch, fastrnn
+>>> lstm = fastrnn.LSTM(input_size=8, hidden_size=16)
+>>> output, (h_n, c_n) = lstm(torch.randn(5, 2, 8))
+"""
+
+from importlib.metadata import version
+
+from fastrnn.dispatch import BackendError, use_backend
+from fastrnn.modules import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
+    LSTMCell,
+    RNNBase,
+    RNNCell,
+    RNNCellBase,
+    explain,
+)
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "BackendError",
+    "GRUCell",
+    "LSTMCell",
+    "RNNBase",
+    "RNNCell",
+    "RNNCellBase",
+    "explain",
+    "use_backend",
+]
+
+__version__ = version("fastrnn")

@@ -1,0 +1,167 @@
+"""One autograd Function behind every cell, direction and backend.
+
+A backend does the recurrence. What is no recurrence is done here once, for all of them: with the
+gradients of the pre-activations ``dgx`` and ``dgh`` of a whole sequence,
+
+    dx    = dgx W_ih        dW_ih = dgx^T x         db_ih = sum dgx
+    dW_hr = dh^T m          dW_hh = dgh^T h_before  db_hh = sum dgh
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from fastrnn.backends import Backend, State, Weights
+from fastrnn.cells import Cell
+from fastrnn.rows import previous
+
+__all__ = ["layer"]
+
+PER_DIRECTION = len(Weights.__args__)  # type: ignore[attr-defined]
+
+
+def layer(
+    backend: Backend,
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+) -> tuple[Tensor, State]:
+    """Run one layer; see :class:`fastrnn.backends.Backend` for the arguments.
+
+    With no gradient to compute, no Function is entered and nothing is saved.
+    """
+    if _differentiable(x, weights, state):
+        out, *final = _Layer.apply(
+            backend, cell, batch_sizes, batch, len(weights), x, *chain(*weights), *(state or ())
+        )
+        return out, tuple(final)
+    out, final_state, _ = backend.forward(cell, x, weights, state, batch_sizes, batch, save=False)
+    return out, final_state
+
+
+def _differentiable(x: Tensor, weights: Sequence[Weights], state: State | None) -> bool:
+    # A dual tensor need not require grad; outside the Function its tangent would be lost unsaid.
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad:
+        return True
+    for direction in weights:
+        for w in direction:
+            if w is not None and w.requires_grad:
+                return True
+    return state is not None and any(s.requires_grad for s in state)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        backend: Backend,
+        cell: Cell,
+        batch_sizes: Tensor | None,
+        batch: int,
+        D: int,
+        x: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        weights, state = _unflatten(D, tensors)
+        out, final, saved = backend.forward(cell, x, weights, state, batch_sizes, batch, save=True)
+        ctx.backend, ctx.cell, ctx.batch_sizes = backend, cell, batch_sizes
+        ctx.batch, ctx.D = batch, D
+        ctx.save_for_backward(x, out, saved, *tensors)
+        ctx.set_materialize_grads(False)
+        return out, *final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, *dfinal: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        x, out, saved, *tensors = ctx.saved_tensors
+        cell, batch_sizes, batch, D = ctx.cell, ctx.batch_sizes, ctx.batch, ctx.D
+        weights, state = _unflatten(D, tensors)
+        need_x, *need = ctx.needs_input_grad[5:]
+        if dout is None and all(g is None for g in dfinal):
+            return (None,) * (6 + len(tensors))
+        dpre, dbias, dstate, dh = ctx.backend.backward(
+            cell, weights, state, batch_sizes, batch, out, saved, dout, dfinal
+        )
+        G, shared, H = len(cell.gates), cell.shared, dpre.shape[-1]
+        P = weights[0][1].shape[1]
+        dx: Tensor | None = None
+        grads: list[Tensor | None] = []
+        for d, (w_ih, w_hh, _, _, w_hr) in enumerate(weights):
+            slots = dpre[d].flatten(1)
+            dgx = slots[:, : G * H]
+            need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = need[
+                d * PER_DIRECTION : (d + 1) * PER_DIRECTION
+            ]
+            if need_x:
+                dx = dgx @ w_ih if dx is None else dx.addmm_(dgx, w_ih)
+            dw_hh = None
+            if need_w_hh:
+                dw_hh = torch.empty_like(w_hh)
+                h0 = None if state is None else state[0][d]
+                before = _before(out[:, d * P : (d + 1) * P], h0, batch_sizes, batch, d == 1)
+                _outer(slots[:, : shared * H], before, dw_hh[: shared * H])
+                if shared < G:
+                    _outer(slots[:, G * H :], before, dw_hh[shared * H :])
+            grads += [
+                dgx.t() @ x if need_w_ih else None,
+                dw_hh,
+                dbias[d, :G].flatten() if need_b_ih else None,
+                torch.cat([dbias[d, :shared], dbias[d, G:]]).flatten() if need_b_hh else None,
+                dh[d].t() @ saved[d, :, -1] if need_w_hr and w_hr is not None else None,
+            ]
+        if state is not None:
+            grads += [
+                g if needed else None
+                for g, needed in zip(dstate, need[D * PER_DIRECTION :], strict=True)
+            ]
+        return (None, None, None, None, None, dx, *grads)
+
+
+def _unflatten(D: int, tensors: Sequence[Tensor]) -> tuple[list[Weights], State | None]:
+    end = D * PER_DIRECTION
+    weights = [
+        cast(Weights, tuple(tensors[k : k + PER_DIRECTION])) for k in range(0, end, PER_DIRECTION)
+    ]
+    return weights, tuple(tensors[end:]) or None
+
+
+def _before(
+    h: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, batch: int, reverse: bool
+) -> list[tuple[slice, Tensor]]:
+    """The h that each row's recurrent product read, as pairs of rows and their values.
+
+    In a dense batch these are the rows of h one step away, so nothing is copied; a missing ``h0``
+    is zero and adds nothing.
+    """
+    N = h.shape[0]
+    if batch_sizes is not None:
+        first = h.new_zeros(batch, h.shape[1]) if h0 is None else h0
+        return [(slice(0, N), previous(h, first, batch_sizes, reverse))]
+    last = N - batch
+    inner, outer = (slice(0, last), slice(last, N)) if reverse else (slice(batch, N), slice(batch))
+    pairs = [(inner, h[batch:] if reverse else h[:last])]
+    if h0 is not None:
+        pairs.append((outer, h0))
+    return pairs
+
+
+def _outer(dgh: Tensor, before: list[tuple[slice, Tensor]], into: Tensor) -> None:
+    """``into = dgh^T h_before``, for dgh ``[N, k]`` and ``into [k, P]``."""
+    (rows, h), *rest = before
+    torch.mm(dgh[rows].t(), h, out=into)
+    for rows, h in rest:
+        into.addmm_(dgh[rows].t(), h)

@@ -1,0 +1,91 @@
+"""The contract between a backend and everything above it.
+
+A backend is a module with the four functions of :class:`Backend`. It runs one layer, all its
+directions at once, over rows in time-major order: the rows of step 0, then those of step 1, and so
+on. In a dense batch every step has B rows; in a packed one step t has ``batch_sizes[t]``, longest
+sequences first, as in :class:`torch.nn.utils.rnn.PackedSequence`. Direction 1 runs backward in time.
+
+Backends may rely on what :mod:`fastrnn.functional` has checked: shapes, one dtype, one device,
+contiguous ``x``. Sizes: T steps, N rows in all, B rows at the widest step, D directions, input size
+I, hidden size H, and P, the size of h, which is H unless the layer is projected.
+
+Backends are imported by :mod:`fastrnn.dispatch` when first chosen and never from here: an import of
+Triton or Numba costs more than torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastrnn.cells import Cell
+
+__all__ = ["Backend", "Gradients", "State", "Weights"]
+
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""``w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H]`` of one direction."""
+
+State = tuple[Tensor, ...]
+"""One tensor per state of the cell: ``h [D, B, P]``, and the others ``[D, B, H]``."""
+
+
+class Gradients(NamedTuple):
+    """What a backend's ``backward`` returns; the products that are no recurrence come later.
+
+    Attributes:
+        dpre: gradient of the pre-activations, ``[D, N, slots, H]``.
+        dbias: ``dpre`` summed over the rows, ``[D, slots, H]``.
+        dstate: gradient of the initial state, shaped like it.
+        dh: the whole gradient of the projected h, ``[D, N, P]``; None without projection.
+    """
+
+    dpre: Tensor
+    dbias: Tensor
+    dstate: State
+    dh: Tensor | None
+
+
+class Backend(Protocol):
+    """What a module in :mod:`fastrnn.backends` offers."""
+
+    def missing(self) -> str | None:
+        """What is missing for the backend to run at all on this machine; None if nothing."""
+
+    def refuses(self, cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why the backend cannot run this cell on such tensors; None if it can."""
+
+    def describe(self) -> str:
+        """A few words on how it runs here, for ``explain`` and bug reports."""
+
+    def forward(
+        self,
+        cell: Cell,
+        x: Tensor,
+        weights: Sequence[Weights],
+        state: State | None,
+        batch_sizes: Tensor | None,
+        batch: int,
+        save: bool,
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """Run a layer: ``x [N, I]`` to ``out [N, D*P]``, the final state, and what is saved.
+
+        ``state=None`` is a zero state. ``saved`` has the shape ``[D, N, cell.saved_slots, H]``: v,
+        s[1:] before the step, and the cell's own output m if projected; None unless ``save``.
+        """
+
+    def backward(
+        self,
+        cell: Cell,
+        weights: Sequence[Weights],
+        state: State | None,
+        batch_sizes: Tensor | None,
+        batch: int,
+        out: Tensor,
+        saved: Tensor,
+        dout: Tensor | None,
+        dfinal: Sequence[Tensor | None],
+    ) -> Gradients:
+        """Run the layer in reverse. None in ``dout`` or ``dfinal`` stands for zero."""

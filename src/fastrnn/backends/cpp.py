@@ -1,0 +1,162 @@
+"""The C++ backend: csrc/ through the extension ``fastrnn._cpp``, float32 and float64 on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastrnn.backends import Gradients, State, Weights
+from fastrnn.cells import Cell
+
+# torch is imported above, so that the extension finds torch's OpenMP runtime loaded and shares it.
+try:
+    from fastrnn import _cpp
+except ImportError as error:
+    _missing: str | None = f"the extension fastrnn._cpp could not be imported ({error})"
+else:
+    _missing = None
+
+__all__ = ["backward", "describe", "forward", "missing", "refuses"]
+
+
+def missing() -> str | None:
+    return _missing
+
+
+@cache
+def _index(cell: Cell) -> int | None:
+    """Where the extension keeps a cell; None if it lacks it or knows another of that name."""
+    numbers = (
+        cell.mode,
+        len(cell.gates),
+        cell.shared,
+        len(cell.states),
+        len(cell.saved),
+        cell.projectable,
+    )
+    known = _cpp.cells()
+    return known.index(numbers) if numbers in known else None
+
+
+@cache
+def isa() -> str:
+    """The best instruction set compiled in that runs here and that torch may use.
+
+    torch's own limit counts, so ``ATEN_CPU_CAPABILITY=avx2`` or ``default`` holds for both.
+    """
+    allowed = {"AVX512": ("avx512", "avx2", "generic"), "AVX2": ("avx2", "generic")}
+    capability = torch.backends.cpu.get_cpu_capability()
+    for name in _cpp.isas():
+        if name in allowed.get(capability, ("generic",)):
+            return str(name)
+    raise AssertionError("the generic engine runs everywhere")
+
+
+def refuses(cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"expected tensors on the CPU, got {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"expected torch.float32 or torch.float64, got {dtype}"
+    if _index(cell) is None:
+        return f"the extension has no cell {cell.mode} like this one"
+    return None
+
+
+def describe() -> str:
+    threads = torch.get_num_threads() if _cpp.threading() else 1
+    return f"fused C++, {isa()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def forward(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    save: bool,
+) -> tuple[Tensor, State, Tensor | None]:
+    (N, size), D = x.shape, len(weights)
+    P = weights[0][1].shape[1]
+    H = weights[0][1].shape[0] // len(cell.gates)
+    projected = weights[0][4] is not None
+    out = x.new_empty(N, D * P)
+    final = tuple(x.new_empty(D, batch, H if k else P) for k in range(len(cell.states)))
+    saved = x.new_empty(D, N, cell.saved_slots(projected), H) if save else None
+    _cpp.forward(
+        isa(),
+        _index(cell),
+        torch.get_num_threads(),
+        _contiguous(batch_sizes),
+        N,
+        batch,
+        size,
+        H,
+        P,
+        D,
+        x,
+        _all_contiguous(weights),
+        _state(state),
+        out,
+        final,
+        saved,
+    )
+    return out, final, saved
+
+
+def backward(
+    cell: Cell,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    out: Tensor,
+    saved: Tensor,
+    dout: Tensor | None,
+    dfinal: Sequence[Tensor | None],
+) -> Gradients:
+    D, N, _, H = saved.shape
+    P, size = weights[0][1].shape[1], weights[0][0].shape[1]
+    projected = weights[0][4] is not None
+    dpre = out.new_empty(D, N, cell.slots, H)
+    dbias = out.new_empty(D, cell.slots, H)
+    dstate = tuple(out.new_empty(D, batch, H if k else P) for k in range(len(cell.states)))
+    dh = out.new_empty(D, N, P) if projected else None
+    _cpp.backward(
+        isa(),
+        _index(cell),
+        torch.get_num_threads(),
+        _contiguous(batch_sizes),
+        N,
+        batch,
+        size,
+        H,
+        P,
+        D,
+        _all_contiguous(weights),
+        _state(state),
+        out,
+        saved,
+        _contiguous(dout),
+        tuple(_contiguous(g) for g in dfinal),
+        dpre,
+        dbias,
+        dstate,
+        dh,
+    )
+    return Gradients(dpre, dbias, dstate, dh)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _state(state: State | None) -> State | None:
+    return None if state is None else tuple(s.contiguous() for s in state)
+
+
+def _all_contiguous(weights: Sequence[Weights]) -> tuple[tuple[Tensor | None, ...], ...]:
+    return tuple(tuple(_contiguous(w) for w in direction) for direction in weights)

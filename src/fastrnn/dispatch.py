@@ -1,0 +1,138 @@
+"""Which backend runs a layer: the one asked for, or the first that can.
+
+An argument beats :func:`use_backend`, which beats the environment variable ``FASTRNN_BACKEND`` (read
+once, when fastrnn is imported), which beats the automatic choice. What was asked for by name never
+falls back: if it cannot run, :class:`BackendError` says what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import cast
+
+import torch
+
+from fastrnn.backends import Backend
+from fastrnn.cells import Cell
+
+__all__ = ["BACKENDS", "BackendError", "Choice", "choose", "load", "use_backend"]
+
+BACKENDS = ("cpp", "reference")
+"""Every backend by name, fastest first: the order of the automatic choice."""
+
+_environment = os.environ.get("FASTRNN_BACKEND") or None
+_context: ContextVar[str | None] = ContextVar("fastrnn_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs and why.
+
+    Attributes:
+        backend: its name.
+        reason: who asked for it, and how it runs here.
+        rejected: the faster backends that cannot, each with the reason.
+    """
+
+    backend: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.reason}"]
+        lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
+        return "\n".join(lines)
+
+
+@cache
+def load(name: str) -> Backend:
+    """The module of a backend.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    return cast(Backend, import_module(f"fastrnn.backends.{name}"))
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every layer called inside the block on one backend; ``None`` restores the free choice.
+
+    The choice belongs to the thread (or the asyncio task) that enters the block. The backward pass
+    runs where the forward pass ran.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        BackendError: it cannot run on this machine.
+
+    >>> import torch, fastrnn
+    >>> with fastrnn.use_backend("reference"):
+    ...     output, h_n = fastrnn.GRU(3, 4)(torch.randn(5, 2, 3))
+    """
+    if name is not None:
+        _require(name, load(name).missing())
+    token = _context.set(name)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def _require(name: str, problem: str | None) -> None:
+    if problem is not None:
+        raise BackendError(f"the backend {name!r} was asked for and cannot run: {problem}")
+
+
+def choose(
+    cell: Cell, dtype: torch.dtype, device: torch.device, backend: str | None = None
+) -> Choice:
+    """Which backend runs ``cell`` on tensors of ``dtype`` on ``device``, and why.
+
+    Raises:
+        ValueError: the one asked for does not exist.
+        BackendError: the one asked for cannot run this.
+    """
+    name, who = _asked(backend)
+    if name is not None:
+        module = load(name)
+        _require(name, module.missing() or module.refuses(cell, dtype, device))
+        return Choice(name, f"asked for by {who}; {module.describe()}")
+    rejected: dict[str, str] = {}
+    for name in BACKENDS:
+        module = load(name)
+        problem = module.missing() or module.refuses(cell, dtype, device)
+        if problem is None:
+            return Choice(name, f"automatic choice; {module.describe()}", rejected)
+        rejected[name] = problem
+    raise AssertionError("the reference backend runs everything")
+
+
+def _asked(backend: str | None) -> tuple[str | None, str]:
+    if backend is not None:
+        return backend, "the argument backend="
+    context = _context.get()
+    if context is not None:
+        return context, "use_backend"
+    return _environment, "FASTRNN_BACKEND"
+
+
+@cache
+def _chosen(cell: Cell, dtype: torch.dtype, device: torch.device, name: str | None) -> Backend:
+    return load(choose(cell, dtype, device, name).backend)
+
+
+def pick(cell: Cell, dtype: torch.dtype, device: torch.device, backend: str | None) -> Backend:
+    """The module that :func:`choose` names; remembered, since every layer of every call asks."""
+    return _chosen(cell, dtype, device, _asked(backend)[0])

@@ -1,0 +1,206 @@
+"""Layers as functions of their weights: the stack of layers and directions, and one cell step.
+
+The modules check what their user passed and in torch's words; what is checked here is what backends
+rely on, whoever calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrnn.autograd import layer
+from fastrnn.backends import Backend, State, Weights
+from fastrnn.cells import Cell
+from fastrnn.dispatch import pick
+
+__all__ = ["rnn", "step"]
+
+
+def rnn(
+    cell: Cell,
+    input: Tensor,
+    weights: Sequence[Sequence[Weights]],
+    hx: State | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, State]:
+    """Run a stack of recurrent layers.
+
+    Args:
+        cell: one of :data:`fastrnn.cells.CELLS`.
+        input: ``[T, B, I]``, or with ``batch_sizes`` the rows of a packed batch, ``[N, I]``.
+        weights: ``weights[layer][direction]``, each ``(w_ih, w_hh, b_ih, b_hh, w_hr)`` with shapes
+            ``[G*H, I]``, ``[G*H, P]``, ``[G*H]``, ``[G*H]``, ``[P, H]``, G being the number of
+            gates; no biases and no projection are None.
+        hx: the initial state, one tensor per state of the cell: h ``[L*D, B, P]``, the others
+            ``[L*D, B, H]``, for L layers of D directions. None is zero.
+        batch_sizes: as in :class:`torch.nn.utils.rnn.PackedSequence`: int64, on the CPU.
+        dropout: probability with which an element of the output of every layer but the last is
+            zeroed, if ``training``.
+        backend: name of the backend; None for the choice of :mod:`fastrnn.dispatch`.
+
+    Returns:
+        The output ``[T, B, D*P]`` (packed: ``[N, D*P]``) and the final state, shaped like ``hx``.
+
+    Raises:
+        ValueError: a rank or dtype is wrong, or the backend is unknown.
+        RuntimeError: sizes or devices do not fit together, or T = 0.
+        fastrnn.BackendError: the backend that was asked for cannot run this.
+    """
+    if batch_sizes is None:
+        if input.dim() != 3:
+            raise ValueError(f"expected an input of 3 dimensions [T, B, I], got {input.dim()}")
+        T, batch, size = input.shape
+        if T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
+        x = input.reshape(T * batch, size)
+    else:
+        if input.dim() != 2:
+            raise ValueError(f"expected packed rows of 2 dimensions [N, I], got {input.dim()}")
+        batch = _check_batch_sizes(batch_sizes, input.shape[0])
+        x = input
+    D = len(weights[0])
+    if hx is not None:
+        _check_state(cell, hx, len(weights), D, batch, weights[0][0], input)
+    run = pick(cell, input.dtype, input.device, backend)
+    finals: list[State] = []
+    for k, directions in enumerate(weights):
+        if k and dropout:
+            x = F.dropout(x, dropout, training)
+        state = None if hx is None else tuple(s[k * D : (k + 1) * D] for s in hx)
+        x, final = _layer(run, cell, x, directions, state, batch_sizes, batch)
+        finals.append(final)
+    hn = finals[0] if len(finals) == 1 else tuple(map(torch.cat, zip(*finals, strict=True)))
+    return (x.view(T, batch, -1) if batch_sizes is None else x), hn
+
+
+def step(
+    cell: Cell, input: Tensor, hx: State | None, weights: Weights, *, backend: str | None = None
+) -> State:
+    """Run one step of one cell: the time loop at T = 1.
+
+    Args:
+        cell: one of :data:`fastrnn.cells.CELLS`.
+        input: ``[B, I]``.
+        hx: the state, one tensor ``[B, H]`` per state of the cell. None is zero.
+        weights: as in :func:`rnn`, of one layer and direction.
+        backend: as in :func:`rnn`.
+
+    Returns:
+        The new state, shaped like ``hx``.
+
+    Raises:
+        ValueError, RuntimeError, fastrnn.BackendError: as :func:`rnn`.
+    """
+    if input.dim() != 2:
+        raise ValueError(f"expected an input of 2 dimensions [B, I], got {input.dim()}")
+    batch = input.shape[0]
+    state = None
+    if hx is not None:
+        state = tuple(s.unsqueeze(0) for s in hx)
+        _check_state(cell, state, 1, 1, batch, weights, input)
+    run = pick(cell, input.dtype, input.device, backend)
+    _, final = _layer(run, cell, input, (weights,), state, None, batch)
+    return tuple(s.squeeze(0) for s in final)
+
+
+def _layer(
+    run: Backend,
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+) -> tuple[Tensor, State]:
+    for direction in weights:
+        _check_weights(cell, x, direction, weights[0])
+    return layer(run, cell, x.contiguous(), weights, state, batch_sizes, batch)
+
+
+def _check_weights(cell: Cell, x: Tensor, weights: Weights, first: Weights) -> None:
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    rows, P = first[1].shape
+    G = len(cell.gates)
+    H, rest = divmod(rows, G)
+    if rest:
+        raise RuntimeError(f"{cell.mode}: expected weight_hh of {G} x hidden_size rows, got {rows}")
+    if w_hr is None and P != H:
+        raise RuntimeError(
+            f"{cell.mode}: expected weight_hh of shape {[rows, H]} without projection, "
+            f"got {[rows, P]}"
+        )
+    if w_hr is not None and not cell.projectable:
+        raise RuntimeError(f"{cell.mode}: this cell cannot be projected, but weight_hr was given")
+    expected = (
+        ("weight_ih", w_ih, (rows, x.shape[1])),
+        ("weight_hh", w_hh, (rows, P)),
+        ("bias_ih", b_ih, (rows,)),
+        ("bias_hh", b_hh, (rows,)),
+        ("weight_hr", w_hr, (P, H)),
+    )
+    for name, w, shape in expected:
+        if w is None:
+            continue
+        if w.shape != shape:
+            raise RuntimeError(
+                f"{cell.mode}: expected {name} of shape {list(shape)}, got {list(w.shape)}"
+            )
+        _check_like(name, w, x)
+    if (b_ih is None) != (b_hh is None):
+        raise RuntimeError(f"{cell.mode}: expected both bias_ih and bias_hh or neither")
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype is not x.dtype:
+        raise ValueError(f"expected {name} of the input's dtype {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise RuntimeError(
+            f"expected all tensors on the input's device {x.device}, got {name} on {tensor.device}"
+        )
+
+
+def _check_state(
+    cell: Cell, hx: State, L: int, D: int, batch: int, weights: Weights, x: Tensor
+) -> None:
+    if len(hx) != len(cell.states):
+        raise RuntimeError(
+            f"{cell.mode}: expected {len(cell.states)} initial states "
+            f"({', '.join(cell.states)}), got {len(hx)}"
+        )
+    rows, P = weights[1].shape
+    for k, (name, s) in enumerate(zip(cell.states, hx, strict=True)):
+        shape = (L * D, batch, rows // len(cell.gates) if k else P)
+        if s.shape != shape:
+            raise RuntimeError(
+                f"{cell.mode}: expected initial {name} of shape {list(shape)}, got {list(s.shape)}"
+            )
+        _check_like(f"initial {name}", s, x)
+
+
+def _check_batch_sizes(batch_sizes: Tensor, N: int) -> int:
+    if batch_sizes.dtype is not torch.int64 or batch_sizes.device.type != "cpu":
+        raise ValueError(
+            "expected batch_sizes of dtype torch.int64 on the CPU, "
+            f"got {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    if batch_sizes.dim() != 1 or batch_sizes.shape[0] == 0:
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN, "
+            f"got batch_sizes of shape {list(batch_sizes.shape)}"
+        )
+    if (batch_sizes[1:] > batch_sizes[:-1]).any() or int(batch_sizes[-1]) <= 0:
+        raise RuntimeError("expected batch_sizes that never increase and are above 0")
+    if int(batch_sizes.sum()) != N:
+        raise RuntimeError(
+            f"expected as many packed rows as batch_sizes add up to, {int(batch_sizes.sum())}, "
+            f"got {N}"
+        )
+    return int(batch_sizes[0])

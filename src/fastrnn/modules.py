@@ -1,0 +1,569 @@
+"""torch.nn's contract for recurrent layers and cells, and nothing else.
+
+The layers derive from :class:`torch.nn.RNNBase` and not from ``nn.LSTM`` and its siblings, because
+``torch.compile`` refuses every instance of those three. The price: ``isinstance(m, nn.LSTM)`` is
+False.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import functional
+from fastrnn.backends import State, Weights
+from fastrnn.cells import CELLS, Cell
+from fastrnn.dispatch import Choice, choose
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNBase",
+    "RNNCell",
+    "RNNCellBase",
+    "explain",
+]
+
+
+class RNNBase(nn.RNNBase):
+    """A stack of recurrent layers around one cell; base of :class:`RNN`, :class:`LSTM` and
+    :class:`GRU`, which document the shapes.
+
+    Args:
+        mode: a key of :data:`fastrnn.cells.CELLS`. All others are torch.nn's.
+
+    Raises:
+        TypeError, ValueError: as torch.nn, for the same arguments and in the same order.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # torch's own constructor knows its four modes only.
+        nn.Module.__init__(self)
+        self.mode = mode
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        self._check_arguments(dropout)
+        cell = self._cell
+        rows = len(cell.gates) * hidden_size
+        h_size = proj_size or hidden_size
+        directions = ("", "_reverse") if bidirectional else ("",)
+        self._all_weights = []
+        for layer in range(num_layers):
+            size = h_size * len(directions) if layer else input_size
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (rows, size),
+                "weight_hh": (rows, h_size),
+            }
+            if bias:
+                shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+            if proj_size:
+                shapes["weight_hr"] = (proj_size, hidden_size)
+            for suffix in directions:
+                names = [f"{name}_l{layer}{suffix}" for name in shapes]
+                for name, shape in zip(names, shapes.values(), strict=True):
+                    parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    self.register_parameter(name, parameter)
+                self._all_weights.append(names)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self.reset_parameters()
+
+    def _check_arguments(self, dropout: object) -> None:
+        if (
+            not isinstance(dropout, numbers.Number)
+            or isinstance(dropout, bool)
+            or not 0 <= self.dropout <= 1
+        ):
+            raise ValueError(
+                "dropout should be a number in range [0, 1] representing the probability of an "
+                f"element being zeroed, got {dropout!r}"
+            )
+        if self.dropout > 0 and self.num_layers == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero "
+                f"dropout expects num_layers greater than 1, but got dropout={dropout} and "
+                f"num_layers={self.num_layers}",
+                stacklevel=4,
+            )
+        for name in ("bias", "batch_first"):
+            if not isinstance(getattr(self, name), bool):
+                got = type(getattr(self, name)).__name__
+                raise TypeError(f"{name} should be of type bool, got: {got}")
+        for name in ("input_size", "hidden_size"):
+            size = getattr(self, name)
+            if not isinstance(size, int):
+                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero, got {size}")
+        if self.num_layers <= 0:
+            raise ValueError(f"num_layers must be greater than zero, got {self.num_layers}")
+        if self.proj_size < 0:
+            raise ValueError(
+                "proj_size should be a positive integer or zero to disable projections, "
+                f"got {self.proj_size}"
+            )
+        if self.proj_size >= self.hidden_size:
+            raise ValueError(
+                f"proj_size has to be smaller than hidden_size {self.hidden_size}, "
+                f"got {self.proj_size}"
+            )
+        if self.mode not in CELLS:
+            raise ValueError(
+                f"Unrecognized RNN mode: {self.mode}; expected one of {', '.join(CELLS)}"
+            )
+
+    @property
+    def _cell(self) -> Cell:
+        return CELLS[self.mode]
+
+    # Weights are read by attribute at every call, so there is no list of them to keep in step:
+    # parametrisations, functional_call, tied and replaced weights just work.
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: torch.nn's method packs weights for cuDNN."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+
+    def _weights(self) -> list[list[Weights]]:
+        """``[layer][direction]``, as :func:`fastrnn.functional.rnn` takes them."""
+        parameters = self._parameters
+        D = 2 if self.bidirectional else 1
+        flat: list[Weights] = []
+        for names in self._all_weights:
+            # The lookup that nn.Module.__getattr__ would end in, without its cost.
+            w = [
+                getattr(self, name) if (p := parameters.get(name)) is None else p for name in names
+            ]
+            b_ih, b_hh = w[2:4] if self.bias else (None, None)
+            flat.append((w[0], w[1], b_ih, b_hh, w[-1] if self.proj_size else None))
+        return [flat[k : k + D] for k in range(0, len(flat), D)]
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | PackedSequence, hx: Any = None
+    ) -> tuple[Tensor | PackedSequence, Any]:
+        """Run the layers; see the class for shapes and errors."""
+        cell = self._cell
+        weights = self._weights()
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(cell, weights, input, hx)
+        dim = input.dim()
+        if dim not in (2, 3):
+            raise ValueError(
+                f"{self._name}: Expected input to be 2D or 3D, got {dim}D tensor instead"
+            )
+        state = None if hx is None else self._check_rank(cell, hx, dim)
+        if dim == 2:
+            input = input.unsqueeze(1)
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+        self._check_input(input, weights[0][0][0])
+        if state is not None:
+            self._check_state(cell, state, input.shape[1])
+        output, final = functional.rnn(
+            cell, input, weights, state, dropout=self.dropout, training=self.training
+        )
+        if dim == 2:
+            output = output.squeeze(1)
+            final = tuple(s.squeeze(1) for s in final)
+        elif self.batch_first:
+            output = output.transpose(0, 1)
+        return output, final if len(final) > 1 else final[0]
+
+    def _forward_packed(
+        self, cell: Cell, weights: list[list[Weights]], input: PackedSequence, hx: Any
+    ) -> tuple[PackedSequence, Any]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        self._check_input(data, weights[0][0][0])
+        state = None
+        if hx is not None:
+            state = self._check_rank(cell, hx, 3)
+            self._check_state(cell, state, int(batch_sizes[0]) if len(batch_sizes) else 0)
+            state = _permute(state, sorted_indices)
+        output, final = functional.rnn(
+            cell,
+            data,
+            weights,
+            state,
+            batch_sizes=batch_sizes,
+            dropout=self.dropout,
+            training=self.training,
+        )
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        final = _permute(final, unsorted_indices)
+        return packed, final if len(final) > 1 else final[0]
+
+    @property
+    def _name(self) -> str:
+        return "RNN" if self.mode.startswith("RNN_") else self.mode
+
+    def _check_input(self, input: Tensor, weight: Tensor) -> None:
+        if input.dtype is not weight.dtype:
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: "
+                f"model.to({input.dtype})"
+            )
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {input.shape[-1]}"
+            )
+
+    def _check_rank(self, cell: Cell, hx: Any, dim: int) -> State:
+        """``hx`` as one batched tensor per state."""
+        state = _as_state(cell, hx)
+        if any(s.dim() != dim for s in state):
+            which = "batched 3-D" if dim == 3 else "unbatched 2-D"
+            names = "hx" if len(state) == 1 else "hx and cx"
+            got = ", ".join(f"{s.dim()}-D" for s in state)
+            raise RuntimeError(
+                f"For {which} input, {names} should also be {dim}-D but got ({got}) tensors"
+            )
+        return state if dim == 3 else tuple(s.unsqueeze(1) for s in state)
+
+    def _check_state(self, cell: Cell, state: State, batch: int) -> None:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        for k, s in enumerate(state):
+            expected = (rows, batch, self.hidden_size if k else self.proj_size or self.hidden_size)
+            if s.shape != expected:
+                name = "hidden" if len(state) == 1 else f"hidden[{k}]"
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(s.shape)}")
+
+    # The names under which torch.nn has these checks; user code overrides and calls them.
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        expected = 2 if batch_sizes is not None else 3
+        if input.dim() != expected:
+            raise RuntimeError(f"input must have {expected} dimensions, got {input.dim()}")
+        self._check_input(input, cast(Tensor, self._flat_weights[0]))
+
+    def get_expected_cell_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        rows, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return rows, batch, self.hidden_size
+
+    def check_forward_args(
+        self, input: Tensor, hidden: Any, batch_sizes: Tensor | None
+    ) -> None:
+        self.check_input(input, batch_sizes)
+        _, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        self._check_state(self._cell, _as_state(self._cell, hidden), batch)
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        state = _permute(_as_state(self._cell, hx), permutation)
+        return state if len(state) > 1 else state[0]
+
+
+def _as_state(cell: Cell, hx: Any) -> State:
+    if len(cell.states) == 1:
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"expected hx to be a Tensor, got {type(hx).__name__}")
+        return (hx,)
+    if not isinstance(hx, (tuple, list)) or len(hx) != len(cell.states):
+        got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+        raise TypeError(
+            f"expected hx to be a tuple of {len(cell.states)} tensors "
+            f"({', '.join(f'{s}_0' for s in cell.states)}), got {got}"
+        )
+    for s in hx:
+        if not isinstance(s, Tensor):
+            raise TypeError(f"expected hx to hold tensors, got {type(s).__name__}")
+    return tuple(hx)
+
+
+def _permute(state: State, permutation: Tensor | None) -> State:
+    if permutation is None:
+        return state
+    return tuple(s.index_select(1, permutation) for s in state)
+
+
+class RNN(RNNBase):
+    r"""Elman network, as :class:`torch.nn.RNN`.
+
+    .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    or with ReLU in place of tanh.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: features of the state, H.
+        num_layers: layers L, each reading the output of the one before.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        bias: whether there are ``b_ih`` and ``b_hh``.
+        batch_first: input and output are ``[B, T, *]``, not ``[T, B, *]``; the state is not.
+        dropout: probability of zeroing an element between layers, in training.
+        bidirectional: run a second direction backward in time, D = 2.
+        device, dtype: of the parameters.
+
+    Inputs: ``input, hx``
+        ``input`` is ``[T, I]``, ``[T, B, I]``, or a :class:`PackedSequence`; ``hx`` the initial
+        state ``[L*D, H]`` or ``[L*D, B, H]``, zero by default. float32 and float64 run fused.
+
+    Outputs: ``output, h_n``
+        The last layer's h at every step, ``[T, D*H]``, ``[T, B, D*H]`` or packed, and the final
+        state, shaped like ``hx``.
+
+    Raises:
+        ValueError: rank or dtype of the input.
+        RuntimeError: sizes, T = 0, the rank or size of ``hx``.
+
+    >>> import torch, fastrnn
+    >>> rnn = fastrnn.RNN(10, 20, num_layers=2)
+    >>> output, h_n = rnn(torch.randn(5, 3, 10))
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_projection(kwargs)
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        super().__init__(_rnn_mode(self.nonlinearity), *args, **kwargs)
+
+
+class LSTM(RNNBase):
+    r"""Long short-term memory, as :class:`torch.nn.LSTM`.
+
+    .. math::
+        i_t &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
+        f_t &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        g_t &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        o_t &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+        c_t &= f_t c_{t-1} + i_t g_t \\
+        h_t &= o_t \tanh(c_t)
+
+    With ``proj_size`` P > 0 the state is :math:`h_t = W_{hr} (o_t \tanh(c_t))`, of P features.
+
+    Args: as :class:`RNN` without ``nonlinearity``, and
+        proj_size: features of a projected h, below hidden_size; 0 for no projection.
+
+    Inputs: ``input, (h_0, c_0)``
+        As :class:`RNN`; ``h_0`` is ``[L*D, B, P]`` (P = H without projection) and ``c_0``
+        ``[L*D, B, H]``, or both without B.
+
+    Outputs: ``output, (h_n, c_n)``
+
+    Raises: as :class:`RNN`.
+
+    >>> import torch, fastrnn
+    >>> lstm = fastrnn.LSTM(10, 20, batch_first=True)
+    >>> output, (h_n, c_n) = lstm(torch.randn(3, 5, 10))
+    >>> output.shape, c_n.shape
+    (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class GRU(RNNBase):
+    r"""Gated recurrent unit, as :class:`torch.nn.GRU`.
+
+    .. math::
+        r_t &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+        z_t &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        n_t &= \tanh(W_{in} x_t + b_{in} + r_t (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z_t) n_t + z_t h_{t-1}
+
+    Args, inputs, outputs and errors: as :class:`RNN` without ``nonlinearity``.
+
+    >>> import torch, fastrnn
+    >>> gru = fastrnn.GRU(10, 20, bidirectional=True)
+    >>> output, h_n = gru(torch.randn(5, 3, 10))
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_projection(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+
+
+def _refuse_projection(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def _rnn_mode(nonlinearity: str) -> str:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    return f"RNN_{nonlinearity.upper()}"
+
+
+class RNNCellBase(nn.RNNCellBase):
+    """One step of one cell; base of :class:`RNNCell`, :class:`LSTMCell` and :class:`GRUCell`.
+
+    Inputs: ``input, hx``
+        ``input`` is ``[B, I]`` or ``[I]``; ``hx`` the state ``[B, H]`` or ``[H]`` (a tuple of two
+        for the LSTM), zero by default.
+
+    Outputs: the new state, shaped like ``hx``.
+
+    Raises:
+        ValueError: rank or dtype.
+        RuntimeError: sizes.
+    """
+
+    @property
+    def _cell(self) -> Cell:
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Run one step; see the class for shapes and errors."""
+        cell = self._cell
+        name = type(self).__name__
+        if input.dim() not in (1, 2):
+            raise ValueError(
+                f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead"
+            )
+        state = None if hx is None else _as_state(cell, hx)
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+        if state is not None:
+            for k, s in enumerate(state):
+                if s.dim() not in (1, 2):
+                    which = "hidden" if len(state) == 1 else f"hx[{k}]"
+                    raise ValueError(
+                        f"{name}: Expected {which} to be 1D or 2D, got {s.dim()}D instead"
+                    )
+            if not batched:
+                state = tuple(s.unsqueeze(0) if s.dim() == 1 else s for s in state)
+        weights = self._weights()
+        self._check_sizes(input, state, weights[0])
+        new = functional.step(cell, input, state, weights)
+        if not batched:
+            new = tuple(s.squeeze(0) for s in new)
+        return new if len(new) > 1 else new[0]
+
+    def _weights(self) -> Weights:
+        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None
+
+    def _check_sizes(self, input: Tensor, state: State | None, weight: Tensor) -> None:
+        if input.dtype is not weight.dtype:
+            raise ValueError(
+                f"expected input of the weights' dtype {weight.dtype}, got {input.dtype}"
+            )
+        B, size = input.shape
+        if size != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {size}, expected {self.input_size}"
+            )
+        for k, s in enumerate(state or ()):
+            if s.shape != (B, self.hidden_size):
+                if s.dim() == 2 and s.shape[0] != B:
+                    raise RuntimeError(
+                        f"Input batch size {B} doesn't match hidden{k} batch size {s.shape[0]}"
+                    )
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: got {s.shape[-1]}, "
+                    f"expected {self.hidden_size}"
+                )
+
+
+class RNNCell(RNNCellBase, nn.RNNCell):
+    """One step of an Elman network, as :class:`torch.nn.RNNCell`; the formula is :class:`RNN`'s.
+
+    >>> import torch, fastrnn
+    >>> fastrnn.RNNCell(10, 20)(torch.randn(3, 10)).shape
+    torch.Size([3, 20])
+    """
+
+    @property
+    def _cell(self) -> Cell:
+        return CELLS[_rnn_mode(self.nonlinearity)]
+
+
+class LSTMCell(RNNCellBase, nn.LSTMCell):
+    """One step of an LSTM, as :class:`torch.nn.LSTMCell`; the formula is :class:`LSTM`'s.
+
+    >>> import torch, fastrnn
+    >>> h, c = fastrnn.LSTMCell(10, 20)(torch.randn(3, 10))
+    >>> h.shape, c.shape
+    (torch.Size([3, 20]), torch.Size([3, 20]))
+    """
+
+    @property
+    def _cell(self) -> Cell:
+        return CELLS["LSTM"]
+
+
+class GRUCell(RNNCellBase, nn.GRUCell):
+    """One step of a GRU, as :class:`torch.nn.GRUCell`; the formula is :class:`GRU`'s.
+
+    >>> import torch, fastrnn
+    >>> fastrnn.GRUCell(10, 20)(torch.randn(3, 10)).shape
+    torch.Size([3, 20])
+    """
+
+    @property
+    def _cell(self) -> Cell:
+        return CELLS["GRU"]
+
+
+def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Choice:
+    """Say which backend would run ``module(input)`` here and now, and why.
+
+    Raises:
+        TypeError: the module is not one of fastrnn's.
+        fastrnn.BackendError: a backend was asked for by name and cannot run this.
+
+    >>> import torch, fastrnn
+    >>> with fastrnn.use_backend("reference"):
+    ...     print(fastrnn.explain(fastrnn.GRU(3, 4), torch.randn(5, 2, 3)))
+    reference: asked for by use_backend; plain torch, one step at a time
+    """
+    if not isinstance(module, (RNNBase, RNNCellBase)):
+        raise TypeError(f"expected a layer or a cell of fastrnn, got {type(module).__name__}")
+    data = input.data if isinstance(input, PackedSequence) else input
+    return choose(module._cell, data.dtype, data.device)

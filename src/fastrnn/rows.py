@@ -1,0 +1,50 @@
+"""The rows of a batch in time-major order: which belong to a step, and which row came before.
+
+A dense batch has ``batch`` rows at every step. A packed one has ``batch_sizes[t]`` at step t, never
+more than at the step before, because its sequences are sorted by length: row r of a step is always
+sequence r.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["previous", "steps"]
+
+
+def steps(N: int, batch: int, batch_sizes: Tensor | None, reverse: bool) -> list[slice]:
+    """The rows of each step, in the order in which the direction meets the steps."""
+    if batch_sizes is None:
+        sizes = [batch] * (N // batch if batch else 0)
+    else:
+        sizes = batch_sizes.tolist()
+    slices, offset = [], 0
+    for n in sizes:
+        slices.append(slice(offset, offset + n))
+        offset += n
+    return slices[::-1] if reverse else slices
+
+
+def previous(out: Tensor, first: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
+    """For every row of ``out [N, P]`` the value one step earlier in its sequence.
+
+    ``first [B, P]`` is what comes before the first step a sequence takes: its initial state.
+    "Earlier" is in the order of the direction, so with ``reverse`` it is the row of step t + 1.
+    """
+    N, B = out.shape[0], first.shape[0]
+    if N == 0:
+        return out.clone()
+    if batch_sizes is None:
+        return torch.cat([out[B:], first]) if reverse else torch.cat([first, out[: N - B]])
+    sizes = batch_sizes.to(out.device)
+    T = sizes.shape[0]
+    starts = sizes.cumsum(0) - sizes
+    t = torch.repeat_interleave(torch.arange(T, device=out.device), sizes)
+    r = torch.arange(N, device=out.device) - starts[t]
+    before = t + 1 if reverse else t - 1
+    alive = (before >= 0) & (before < T)
+    before = before.clamp(0, T - 1)
+    alive &= r < sizes[before]
+    # Rows of `first` stand behind those of `out` in one gather.
+    return torch.cat([out, first])[torch.where(alive, starts[before] + r, N + r)]
