@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "engine.h"
 
@@ -59,6 +60,7 @@ struct Methods {
   PyObject* is_contiguous = interned("is_contiguous");
   PyObject* is_cpu = interned("is_cpu");
   PyObject* is_floating_point = interned("is_floating_point");
+  PyObject* stride = interned("stride");
 };
 
 const Methods& methods() {
@@ -217,6 +219,58 @@ void backward_as(const Call& c, const py::tuple& weights, py::handle state, py::
   c.engine.backward(c.cell, a);
 }
 
+// A matrix by its address and strides; torch's views of other tensors come as they are.
+template <class T>
+struct View {
+  T* at;
+  int64_t rows, columns, row, column;
+
+  View(py::handle tensor, const char* name) {
+    const Methods& m = methods();
+    if (!truth(tensor, m.is_cpu, false)) fail(std::string(name) + ": expected a CPU tensor");
+    if (integer(tensor, m.element_size) != static_cast<int64_t>(sizeof(T)) ||
+        !truth(tensor, m.is_floating_point, true)) {
+      fail(std::string(name) + ": expected elements of float" + std::to_string(8 * sizeof(T)));
+    }
+    const auto shape = pair(tensor.attr("shape"), name);
+    const auto stride = pair(call(tensor, m.stride), name);
+    rows = shape.first, columns = shape.second, row = stride.first, column = stride.second;
+    at = reinterpret_cast<T*>(integer(tensor, m.data_ptr));
+    if (!at && rows && columns) fail(std::string(name) + ": tensor has no memory");
+  }
+
+  static std::pair<int64_t, int64_t> pair(const py::object& items, const char* name) {
+    const auto tuple = py::cast<py::tuple>(items);
+    if (tuple.size() != 2) fail(std::string(name) + ": expected a matrix");
+    return {py::cast<int64_t>(tuple[0]), py::cast<int64_t>(tuple[1])};
+  }
+};
+
+template <class T>
+void matmul_as(const Engine& engine, int threads, py::handle a_, py::handle b_, py::handle c_,
+               bool add) {
+  const View<const T> a(a_, "a"), b(b_, "b");
+  const View<T> c(c_, "c");
+  if (a.columns != b.rows || a.rows != c.rows || b.columns != c.columns) {
+    fail("expected [M, K] @ [K, N] into [M, N], got " + std::to_string(a.rows) + " x " +
+         std::to_string(a.columns) + ", " + std::to_string(b.rows) + " x " +
+         std::to_string(b.columns) + " into " + std::to_string(c.rows) + " x " +
+         std::to_string(c.columns));
+  }
+  if ((b.column != 1 && b.columns > 1) || (c.column != 1 && c.columns > 1)) {
+    fail("expected b and c with rows whose elements lie side by side");
+  }
+  Matmul<T> m;
+  m.M = a.rows, m.N = b.columns, m.K = a.columns;
+  m.a = a.at, m.a_row = a.row, m.a_column = a.column;
+  m.b = b.at, m.b_row = b.row;
+  m.c = c.at, m.c_row = c.row;
+  m.add = add;
+  m.threads = set_threads(threads);
+  py::gil_scoped_release release;
+  engine.matmul(m);
+}
+
 // What x is decides the type; every other tensor must follow.
 template <class Run>
 void with_type(py::handle tensor, const Run& run) {
@@ -260,6 +314,21 @@ PYBIND11_MODULE(_cpp, m) {
         });
       },
       "Run a layer in reverse. Writes dpre, dbias, dstate and, if projected, dh.");
+
+  m.def(
+      "matmul",
+      [](const std::string& isa, int threads, py::object a, py::object b, py::object c, bool add) {
+        const Engine& engine = engine_named(isa);
+        with_type(a, [&](auto zero) { matmul_as<decltype(zero)>(engine, threads, a, b, c, add); });
+      },
+      "c = a @ b, or c += a @ b.");
+
+  py::class_<Scratch>(m, "Scratch", py::buffer_protocol(),
+                      "Memory that is kept for reuse once nobody refers to it.")
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer([](Scratch& s) {
+        return py::buffer_info(static_cast<uint8_t*>(s.data()), static_cast<py::ssize_t>(s.size()));
+      });
 
   m.def(
       "cells",

@@ -81,10 +81,13 @@ const int g_fork_handler = pthread_atfork(nullptr, nullptr, [] { g_forked = true
 
 }  // namespace
 
+int threads_for(double flops, int threads) {
+  return flops < kSerialFlops || g_forked ? 1 : std::max(1, threads);
+}
+
 Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, double flops, double bytes) {
   const int64_t B = rows.B;
-  const double work = flops * static_cast<double>(rows.N) * D;
-  threads = work < kSerialFlops || g_forked ? 1 : std::max(1, wanted);
+  threads = threads_for(flops * static_cast<double>(rows.N) * D, wanted);
   const int64_t sequences = B * D;
   if (threads > 1 && may_split_units) {
     const double step = flops * static_cast<double>(B);
@@ -123,8 +126,9 @@ Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, double flo
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kMostKept = 8;                       // blocks
-constexpr size_t kLargestKept = size_t{256} << 20;    // bytes
+// Blocks kept for reuse: so many bytes in all, and none for a request that it dwarfs.
+constexpr size_t kMostKept = size_t{1} << 30;
+constexpr size_t kLargestWaste = 4;
 
 struct Block {
   void* data;
@@ -132,12 +136,14 @@ struct Block {
 };
 
 std::mutex g_mutex;
-std::vector<Block> g_kept;
+std::vector<Block> g_kept;  // oldest first
+size_t g_kept_bytes = 0;
 std::atomic<bool> g_poison{false};
 
+size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
 void* allocate(size_t bytes) {
-  const size_t alignment = bytes >= kHugePage ? kHugePage : 4096;
-  void* p = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  void* p = std::aligned_alloc(bytes >= kHugePage ? kHugePage : 4096, bytes);
   if (!p) throw std::bad_alloc();
 #if defined(FASTRNN_POSIX) && defined(MADV_HUGEPAGE)
   if (bytes >= kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
@@ -147,50 +153,47 @@ void* allocate(size_t bytes) {
 
 }  // namespace
 
-Scratch::Scratch(size_t bytes) {
-  bytes = std::max<size_t>(bytes, 1);
+Scratch::Scratch(size_t bytes) : size_(bytes) {
+  const size_t wanted =
+      bytes >= kHugePage ? round_up(bytes, kHugePage) : round_up(std::max<size_t>(bytes, 1), 4096);
   // try_lock: a child forked while another thread held the mutex must not wait for it.
   if (std::unique_lock<std::mutex> lock(g_mutex, std::try_to_lock); lock) {
     auto best = g_kept.end();
     for (auto it = g_kept.begin(); it != g_kept.end(); ++it) {
-      if (it->capacity >= bytes && (best == g_kept.end() || it->capacity < best->capacity)) {
+      if (it->capacity >= wanted && it->capacity / kLargestWaste <= wanted &&
+          (best == g_kept.end() || it->capacity < best->capacity)) {
         best = it;
       }
     }
     if (best != g_kept.end()) {
       data_ = best->data;
       capacity_ = best->capacity;
+      g_kept_bytes -= capacity_;
       g_kept.erase(best);
     }
   }
   if (!data_) {
-    data_ = allocate(bytes);
-    capacity_ = bytes;
+    data_ = allocate(wanted);
+    capacity_ = wanted;
   }
   if (g_poison.load(std::memory_order_relaxed)) std::memset(data_, 0xff, capacity_);
 }
 
 Scratch::~Scratch() {
-  void* drop = data_;
-  if (capacity_ <= kLargestKept) {
-    if (std::unique_lock<std::mutex> lock(g_mutex, std::try_to_lock); lock) {
-      // The destructor must not throw; reserve() may, and then the block is simply freed.
-      try {
-        g_kept.reserve(kMostKept + 1);
-        g_kept.push_back({data_, capacity_});
-        drop = nullptr;
-        if (g_kept.size() > kMostKept) {
-          auto least = std::min_element(
-              g_kept.begin(), g_kept.end(),
-              [](const Block& a, const Block& b) { return a.capacity < b.capacity; });
-          drop = least->data;
-          g_kept.erase(least);
-        }
-      } catch (const std::bad_alloc&) {
-      }
+  if (std::unique_lock<std::mutex> lock(g_mutex, std::try_to_lock); lock && capacity_ <= kMostKept) {
+    try {
+      g_kept.push_back({data_, capacity_});
+      data_ = nullptr;
+      g_kept_bytes += capacity_;
+    } catch (const std::bad_alloc&) {
+    }
+    while (g_kept_bytes > kMostKept) {
+      std::free(g_kept.front().data);
+      g_kept_bytes -= g_kept.front().capacity;
+      g_kept.erase(g_kept.begin());
     }
   }
-  std::free(drop);
+  std::free(data_);
 }
 
 void Scratch::poison(bool on) { g_poison.store(on); }

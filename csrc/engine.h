@@ -77,6 +77,21 @@ struct Backward : Layer<T> {
   T* dh = nullptr;                    // [D, N, P] if projected
 };
 
+// c[m][n] = (add ? c[m][n] : 0) + sum_k a[m][k] b[k][n]; element [m][k] of a is at
+// m * a_row + k * a_column, and those of b and c lie side by side within a row.
+template <class T>
+struct Matmul {
+  int64_t M = 0, N = 0, K = 0;
+  const T* a = nullptr;
+  int64_t a_row = 0, a_column = 0;
+  const T* b = nullptr;
+  int64_t b_row = 0;
+  T* c = nullptr;
+  int64_t c_row = 0;
+  bool add = false;
+  int threads = 1;
+};
+
 // What the drivers and the argument checks must know of a cell.
 struct CellInfo {
   const char* mode;
@@ -98,12 +113,19 @@ struct Engine {
   void (*forward_f64)(int cell, const Forward<double>&);
   void (*backward_f32)(int cell, const Backward<float>&);
   void (*backward_f64)(int cell, const Backward<double>&);
+  void (*matmul_f32)(const Matmul<float>&);
+  void (*matmul_f64)(const Matmul<double>&);
 
   void forward(int c, const Forward<float>& a) const { forward_f32(c, a); }
   void forward(int c, const Forward<double>& a) const { forward_f64(c, a); }
   void backward(int c, const Backward<float>& a) const { backward_f32(c, a); }
   void backward(int c, const Backward<double>& a) const { backward_f64(c, a); }
+  void matmul(const Matmul<float>& a) const { matmul_f32(a); }
+  void matmul(const Matmul<double>& a) const { matmul_f64(a); }
 };
+
+// How many of the threads that may be used are worth waking for so much arithmetic.
+int threads_for(double flops, int threads);
 
 // A part of a layer that one thread runs from the first step to the last.
 struct Task {
@@ -124,9 +146,9 @@ struct Plan {
   Plan(const Rows& rows, int D, int threads, bool may_split_units, double flops, double bytes);
 };
 
-// Memory that is kept from call to call, so that a warm call maps no pages. Every block is aligned
-// for huge pages. With `poison` each block is filled with NaN, so that a read of something never
-// written shows in the results.
+// Memory that is kept from call to call, so that a warm call maps no pages: mapping a fresh buffer of
+// tens of MB costs as much as the arithmetic that fills it. Aligned and advised for huge pages. With
+// `poison` it is filled with NaN, so that a read of something never written shows in the results.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);
@@ -134,11 +156,12 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   void* data() const { return data_; }
+  size_t size() const { return size_; }
   static void poison(bool on);
 
  private:
   void* data_ = nullptr;
-  size_t capacity_ = 0;
+  size_t size_ = 0, capacity_ = 0;
 };
 
 // Hands out aligned parts of one block: first add up, then take.

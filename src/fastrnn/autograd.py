@@ -100,29 +100,36 @@ class _Layer(torch.autograd.Function):
         P = weights[0][1].shape[1]
         dx: Tensor | None = None
         grads: list[Tensor | None] = []
+        matmul = ctx.backend.matmul
         for d, (w_ih, w_hh, _, _, w_hr) in enumerate(weights):
             slots = dpre[d].flatten(1)
             dgx = slots[:, : G * H]
             need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = need[
                 d * PER_DIRECTION : (d + 1) * PER_DIRECTION
             ]
+            dw_ih = dw_hh = dw_hr = None
             if need_x:
-                dx = dgx @ w_ih if dx is None else dx.addmm_(dgx, w_ih)
-            dw_hh = None
+                if dx is None:
+                    dx = torch.empty_like(x)
+                matmul(dgx, w_ih, dx, d > 0)
+            if need_w_ih:
+                dw_ih = torch.empty_like(w_ih)
+                matmul(dgx.t(), x, dw_ih)
             if need_w_hh:
                 dw_hh = torch.empty_like(w_hh)
                 h0 = None if state is None else state[0][d]
                 before = _before(out[:, d * P : (d + 1) * P], h0, batch_sizes, batch, d == 1)
-                _outer(slots[:, : shared * H], before, dw_hh[: shared * H])
-                if shared < G:
-                    _outer(slots[:, G * H :], before, dw_hh[shared * H :])
-            grads += [
-                dgx.t() @ x if need_w_ih else None,
-                dw_hh,
-                dbias[d, :G].flatten() if need_b_ih else None,
-                torch.cat([dbias[d, :shared], dbias[d, G:]]).flatten() if need_b_hh else None,
-                dh[d].t() @ saved[d, :, -1] if need_w_hr and w_hr is not None else None,
-            ]
+                for k, (rows, h) in enumerate(before):
+                    matmul(slots[rows, : shared * H].t(), h, dw_hh[: shared * H], k > 0)
+                    if shared < G:
+                        matmul(slots[rows, G * H :].t(), h, dw_hh[shared * H :], k > 0)
+            if need_w_hr and dh is not None:
+                dw_hr = torch.empty_like(w_hr)
+                matmul(dh[d].t(), saved[d, :, -1], dw_hr)
+            # Two tensors, not two views of one: each may become some parameter's .grad.
+            db_ih = dbias[d, :G].flatten() if need_b_ih else None
+            db_hh = torch.cat([dbias[d, :shared], dbias[d, G:]]).flatten() if need_b_hh else None
+            grads += [dw_ih, dw_hh, db_ih, db_hh, dw_hr]
         if state is not None:
             grads += [
                 g if needed else None
@@ -157,11 +164,3 @@ def _before(
     if h0 is not None:
         pairs.append((outer, h0))
     return pairs
-
-
-def _outer(dgh: Tensor, before: list[tuple[slice, Tensor]], into: Tensor) -> None:
-    """``into = dgh^T h_before``, for dgh ``[N, k]`` and ``into [k, P]``."""
-    (rows, h), *rest = before
-    torch.mm(dgh[rows].t(), h, out=into)
-    for rows, h in rest:
-        into.addmm_(dgh[rows].t(), h)

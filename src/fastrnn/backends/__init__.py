@@ -1,6 +1,6 @@
 """The contract between a backend and everything above it.
 
-A backend is a module with the four functions of :class:`Backend`. It runs one layer, all its
+A backend is a module with the functions of :class:`Backend`. It runs one layer, all its
 directions at once, over rows in time-major order: the rows of step 0, then those of step 1, and so
 on. In a dense batch every step has B rows; in a packed one step t has ``batch_sizes[t]``, longest
 sequences first, as in :class:`torch.nn.utils.rnn.PackedSequence`. Direction 1 runs backward in time.
@@ -89,3 +89,9 @@ class Backend(Protocol):
         dfinal: Sequence[Tensor | None],
     ) -> Gradients:
         """Run the layer in reverse. None in ``dout`` or ``dfinal`` stands for zero."""
+
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+        """``out = a @ b``, or ``out += a @ b``: the products of training that are no recurrence.
+
+        All are matrices; ``a`` may be transposed, ``out`` a part of another tensor.
+        """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -19,7 +20,7 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = ["backward", "describe", "forward", "missing", "refuses"]
+__all__ = ["backward", "describe", "forward", "matmul", "missing", "refuses"]
 
 
 def missing() -> str | None:
@@ -85,7 +86,7 @@ def forward(
     projected = weights[0][4] is not None
     out = x.new_empty(N, D * P)
     final = tuple(x.new_empty(D, batch, H if k else P) for k in range(len(cell.states)))
-    saved = x.new_empty(D, N, cell.saved_slots(projected), H) if save else None
+    saved = _workspace(x, D, N, cell.saved_slots(projected), H) if save else None
     _cpp.forward(
         isa(),
         _index(cell),
@@ -121,7 +122,7 @@ def backward(
     D, N, _, H = saved.shape
     P, size = weights[0][1].shape[1], weights[0][0].shape[1]
     projected = weights[0][4] is not None
-    dpre = out.new_empty(D, N, cell.slots, H)
+    dpre = _workspace(out, D, N, cell.slots, H)
     dbias = out.new_empty(D, cell.slots, H)
     dstate = tuple(out.new_empty(D, batch, H if k else P) for k in range(len(cell.states)))
     dh = out.new_empty(D, N, P) if projected else None
@@ -148,6 +149,28 @@ def backward(
         dh,
     )
     return Gradients(dpre, dbias, dstate, dh)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    if b.stride(1) != 1:
+        b = b.contiguous()
+    _cpp.matmul(isa(), torch.get_num_threads(), a, b, out, add)
+
+
+# Smaller tensors come from memory that the allocator has mapped already.
+_WORKSPACE_BYTES = 1 << 20
+
+
+def _workspace(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised tensor for our own use, in memory that the extension keeps for reuse.
+
+    It goes back when the last reference to the tensor goes, with the graph that holds it.
+    """
+    count = math.prod(shape)
+    size = count * like.element_size()
+    if size < _WORKSPACE_BYTES:
+        return like.new_empty(shape)
+    return torch.frombuffer(_cpp.Scratch(size), dtype=like.dtype, count=count).view(shape)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

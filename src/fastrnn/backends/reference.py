@@ -16,7 +16,7 @@ from fastrnn.backends import Gradients, State, Weights
 from fastrnn.cells import Cell
 from fastrnn.rows import previous, steps
 
-__all__ = ["backward", "describe", "forward", "missing", "refuses"]
+__all__ = ["backward", "describe", "forward", "matmul", "missing", "refuses"]
 
 
 def missing() -> str | None:
@@ -112,3 +112,10 @@ def backward(
             for old, new in zip(running[1:], ds[1:], strict=True):
                 old.zero_() if new is None else old.copy_(new)
     return Gradients(dpre, dpre.sum(1), dstate, dh)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    if add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
