@@ -10,7 +10,7 @@ class Shape(NamedTuple):
 
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int
     H: int
 
     def __str__(self) -> str:

@@ -27,7 +27,8 @@ int64_t product(const char* name, Sizes... sizes) {
       fail(std::string(name) + ": more elements than an address can count");
     }
   }
-  if (result > INT64_MAX / 16) fail(std::string(name) + ": more elements than an address can count");
+  if (result > INT64_MAX / 16)
+    fail(std::string(name) + ": more elements than an address can count");
   return result;
 }
 
@@ -84,7 +85,8 @@ T* address(py::handle tensor, const char* name, int64_t expected) {
     fail(std::string(name) + ": expected " + std::to_string(expected) + " elements, got " +
          std::to_string(count));
   }
-  if (!truth(tensor, m.is_contiguous, true)) fail(std::string(name) + ": expected a contiguous tensor");
+  if (!truth(tensor, m.is_contiguous, true))
+    fail(std::string(name) + ": expected a contiguous tensor");
   const int64_t at = integer(tensor, m.data_ptr);
   if (at % static_cast<int64_t>(sizeof(T))) fail(std::string(name) + ": address is not aligned");
   if (!at && expected) fail(std::string(name) + ": tensor has no memory");
@@ -138,8 +140,16 @@ struct Call {
 
   Call(const std::string& isa, int cell_, int threads_, py::handle batch_sizes, int64_t N_,
        int64_t B_, int64_t I_, int64_t H_, int64_t P_, int64_t D_)
-      : engine(engine_named(isa)), cell(cell_), info(cell_at(engine, cell_)),
-        rows(make_rows(N_, B_, batch_sizes)), N(N_), B(B_), I(I_), H(H_), P(P_), D(D_),
+      : engine(engine_named(isa)),
+        cell(cell_),
+        info(cell_at(engine, cell_)),
+        rows(make_rows(N_, B_, batch_sizes)),
+        N(N_),
+        B(B_),
+        I(I_),
+        H(H_),
+        P(P_),
+        D(D_),
         threads(set_threads(threads_)) {
     if (I < 0 || H < 1 || P < 1) {
       fail("expected I >= 0, H >= 1 and P >= 1, got I=" + std::to_string(I) +
@@ -165,7 +175,8 @@ struct Call {
       if (a.weights[d].hr ? !info.projectable : P != H) {
         fail("expected P == H without weight_hr, and none for a cell that cannot be projected");
       }
-      if (!a.weights[d].hr != !a.weights[0].hr) fail("expected weight_hr in every direction or none");
+      if (!a.weights[d].hr != !a.weights[0].hr)
+        fail("expected weight_hr in every direction or none");
     }
     states(a.state, state, "state", false);
   }
@@ -192,8 +203,8 @@ void forward_as(const Call& c, py::handle x, const py::tuple& weights, py::handl
   a.out = address<T>(out, "out", product("out", c.N, c.D, c.P));
   if (final.is_none()) fail("final: expected a tuple, got None");
   c.states(a.final, final, "final", false);
-  a.saved = optional<T>(saved, "saved",
-                        product("saved", c.D, c.N, c.info.kept(a.projected()), c.H));
+  a.saved =
+      optional<T>(saved, "saved", product("saved", c.D, c.N, c.info.kept(a.projected()), c.H));
   py::gil_scoped_release release;
   c.engine.forward(c.cell, a);
 }
@@ -206,8 +217,8 @@ void backward_as(const Call& c, const py::tuple& weights, py::handle state, py::
   c.fill(a, weights, state);
   const int64_t rows_of_h = product("out", c.N, c.D, c.P);
   a.out = address<const T>(out, "out", rows_of_h);
-  a.saved = address<const T>(saved, "saved",
-                             product("saved", c.D, c.N, c.info.kept(a.projected()), c.H));
+  a.saved =
+      address<const T>(saved, "saved", product("saved", c.D, c.N, c.info.kept(a.projected()), c.H));
   a.dout = optional<const T>(dout, "dout", rows_of_h);
   c.states(a.dfinal, dfinal, "dfinal", true);
   a.dpre = address<T>(dpre, "dpre", product("dpre", c.D, c.N, c.info.slots(), c.H));
@@ -291,8 +302,8 @@ PYBIND11_MODULE(_cpp, m) {
 
   m.def(
       "forward",
-      [](const std::string& isa, int cell, int threads, py::object batch_sizes, int64_t N, int64_t B,
-         int64_t I, int64_t H, int64_t P, int64_t D, py::object x, py::tuple weights,
+      [](const std::string& isa, int cell, int threads, py::object batch_sizes, int64_t N,
+         int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, py::object x, py::tuple weights,
          py::object state, py::object out, py::object final, py::object saved) {
         const Call c(isa, cell, threads, batch_sizes, N, B, I, H, P, D);
         with_type(x, [&](auto zero) {
@@ -303,8 +314,8 @@ PYBIND11_MODULE(_cpp, m) {
 
   m.def(
       "backward",
-      [](const std::string& isa, int cell, int threads, py::object batch_sizes, int64_t N, int64_t B,
-         int64_t I, int64_t H, int64_t P, int64_t D, py::tuple weights, py::object state,
+      [](const std::string& isa, int cell, int threads, py::object batch_sizes, int64_t N,
+         int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, py::tuple weights, py::object state,
          py::object out, py::object saved, py::object dout, py::object dfinal, py::object dpre,
          py::object dbias, py::object dstate, py::object dh) {
         const Call c(isa, cell, threads, batch_sizes, N, B, I, H, P, D);

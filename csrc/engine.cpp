@@ -135,9 +135,18 @@ struct Block {
   size_t capacity;
 };
 
-std::mutex g_mutex;
-std::vector<Block> g_kept;  // oldest first
-size_t g_kept_bytes = 0;
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> kept;  // oldest first
+  size_t bytes = 0;
+};
+
+// Never destroyed: a tensor may outlive every static object and still give its memory back.
+Pool& pool() {
+  static Pool* const only = new Pool;
+  return *only;
+}
+
 std::atomic<bool> g_poison{false};
 
 size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
@@ -157,19 +166,20 @@ Scratch::Scratch(size_t bytes) : size_(bytes) {
   const size_t wanted =
       bytes >= kHugePage ? round_up(bytes, kHugePage) : round_up(std::max<size_t>(bytes, 1), 4096);
   // try_lock: a child forked while another thread held the mutex must not wait for it.
-  if (std::unique_lock<std::mutex> lock(g_mutex, std::try_to_lock); lock) {
-    auto best = g_kept.end();
-    for (auto it = g_kept.begin(); it != g_kept.end(); ++it) {
+  Pool& p = pool();
+  if (std::unique_lock<std::mutex> lock(p.mutex, std::try_to_lock); lock) {
+    auto best = p.kept.end();
+    for (auto it = p.kept.begin(); it != p.kept.end(); ++it) {
       if (it->capacity >= wanted && it->capacity / kLargestWaste <= wanted &&
-          (best == g_kept.end() || it->capacity < best->capacity)) {
+          (best == p.kept.end() || it->capacity < best->capacity)) {
         best = it;
       }
     }
-    if (best != g_kept.end()) {
+    if (best != p.kept.end()) {
       data_ = best->data;
       capacity_ = best->capacity;
-      g_kept_bytes -= capacity_;
-      g_kept.erase(best);
+      p.bytes -= capacity_;
+      p.kept.erase(best);
     }
   }
   if (!data_) {
@@ -180,17 +190,19 @@ Scratch::Scratch(size_t bytes) : size_(bytes) {
 }
 
 Scratch::~Scratch() {
-  if (std::unique_lock<std::mutex> lock(g_mutex, std::try_to_lock); lock && capacity_ <= kMostKept) {
+  Pool& p = pool();
+  if (std::unique_lock<std::mutex> lock(p.mutex, std::try_to_lock);
+      lock && capacity_ <= kMostKept) {
     try {
-      g_kept.push_back({data_, capacity_});
+      p.kept.push_back({data_, capacity_});
       data_ = nullptr;
-      g_kept_bytes += capacity_;
+      p.bytes += capacity_;
     } catch (const std::bad_alloc&) {
     }
-    while (g_kept_bytes > kMostKept) {
-      std::free(g_kept.front().data);
-      g_kept_bytes -= g_kept.front().capacity;
-      g_kept.erase(g_kept.begin());
+    while (p.bytes > kMostKept) {
+      std::free(p.kept.front().data);
+      p.bytes -= p.kept.front().capacity;
+      p.kept.erase(p.kept.begin());
     }
   }
   std::free(data_);

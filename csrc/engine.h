@@ -18,8 +18,8 @@ namespace fastrnn {
 constexpr int kMaxStates = 4;
 constexpr int kMaxDirections = 2;
 
-// Which rows belong to which step. Rows are in time-major order; a packed batch is sorted by length,
-// so that row r of a step is always sequence r.
+// Which rows belong to which step. Rows are in time-major order; a packed batch is sorted by
+// length, so that row r of a step is always sequence r.
 struct Rows {
   int64_t T = 0;
   int64_t B = 0;
@@ -59,22 +59,22 @@ struct Layer {
 
 template <class T>
 struct Forward : Layer<T> {
-  const T* x = nullptr;         // [N, I]
-  T* out = nullptr;             // [N, D*P]
-  T* final[kMaxStates] = {};    // as state
-  T* saved = nullptr;           // [D, N, kept, H]: v, s[1:], m if projected; null: keep nothing
+  const T* x = nullptr;       // [N, I]
+  T* out = nullptr;           // [N, D*P]
+  T* final[kMaxStates] = {};  // as state
+  T* saved = nullptr;         // [D, N, kept, H]: v, s[1:], m if projected; null: keep nothing
 };
 
 template <class T>
 struct Backward : Layer<T> {
-  const T* out = nullptr;             // [N, D*P]
-  const T* saved = nullptr;           // [D, N, kept, H]
-  const T* dout = nullptr;            // [N, D*P]; null is zero
-  const T* dfinal[kMaxStates] = {};   // as state; null is zero
-  T* dpre = nullptr;                  // [D, N, S, H]
-  T* dbias = nullptr;                 // [D, S, H]
-  T* dstate[kMaxStates] = {};         // as state
-  T* dh = nullptr;                    // [D, N, P] if projected
+  const T* out = nullptr;            // [N, D*P]
+  const T* saved = nullptr;          // [D, N, kept, H]
+  const T* dout = nullptr;           // [N, D*P]; null is zero
+  const T* dfinal[kMaxStates] = {};  // as state; null is zero
+  T* dpre = nullptr;                 // [D, N, S, H]
+  T* dbias = nullptr;                // [D, S, H]
+  T* dstate[kMaxStates] = {};        // as state
+  T* dh = nullptr;                   // [D, N, P] if projected
 };
 
 // c[m][n] = (add ? c[m][n] : 0) + sum_k a[m][k] b[k][n]; element [m][k] of a is at
@@ -130,7 +130,7 @@ int threads_for(double flops, int threads);
 // A part of a layer that one thread runs from the first step to the last.
 struct Task {
   int direction = 0;
-  int64_t row0 = 0, row1 = 0;    // sequences
+  int64_t row0 = 0, row1 = 0;  // sequences
 };
 
 // How a layer is divided. `rows`: each thread takes whole sequences of one direction or both, and
@@ -146,9 +146,10 @@ struct Plan {
   Plan(const Rows& rows, int D, int threads, bool may_split_units, double flops, double bytes);
 };
 
-// Memory that is kept from call to call, so that a warm call maps no pages: mapping a fresh buffer of
-// tens of MB costs as much as the arithmetic that fills it. Aligned and advised for huge pages. With
-// `poison` it is filled with NaN, so that a read of something never written shows in the results.
+// Memory that is kept from call to call, so that a warm call maps no pages: mapping a fresh buffer
+// of tens of MB costs as much as the arithmetic that fills it. Aligned and advised for huge pages.
+// With `poison` it is filled with NaN, so that a read of something never written shows in the
+// results.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);
@@ -192,8 +193,8 @@ class Barrier {
   alignas(128) std::atomic<int> phase_{0};
 };
 
-// Calls job(context, thread, team, barrier) on `threads` threads of the OpenMP pool, or fewer: a job
-// must be right for any team size, and must not throw.
+// Calls job(context, thread, team, barrier) on `threads` threads of the OpenMP pool, or fewer: a
+// job must be right for any team size, and must not throw.
 using Job = void (*)(void* context, int thread, int team, Barrier& barrier);
 void parallel(int threads, Job job, void* context);
 

@@ -55,11 +55,11 @@
 #define FASTRNN_ISA avx512
 #define FASTRNN_VECTOR_BYTES 64
 #define FASTRNN_REGISTERS 32
-#define FASTRNN_RUNS_HERE                                             \
+#define FASTRNN_RUNS_HERE                                                    \
   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && \
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")
 #if defined(__clang__)
-#pragma clang attribute push(                                                              \
+#pragma clang attribute push( \
     __attribute__((target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw"))), apply_to = function)
 #else
 #pragma GCC push_options

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastrnn.backends import Backend, State, Weights
 from fastrnn.cells import Cell
@@ -41,7 +40,7 @@ def layer(
     With no gradient to compute, no Function is entered and nothing is saved.
     """
     if _differentiable(x, weights, state):
-        out, *final = _Layer.apply(
+        out, *final = _Layer.apply(  # type: ignore[no-untyped-call]
             backend, cell, batch_sizes, batch, len(weights), x, *chain(*weights), *(state or ())
         )
         return out, tuple(final)
@@ -66,7 +65,7 @@ def _differentiable(x: Tensor, weights: Sequence[Weights], state: State | None) 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         backend: Backend,
         cell: Cell,
@@ -85,8 +84,19 @@ class _Layer(torch.autograd.Function):
         return out, *final
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, *dfinal: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None, *dfinal: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            grads = _Layer._gradients(ctx, dout, dfinal)
+        # With create_graph=True these would otherwise be constants to whoever differentiates again.
+        if torch.is_grad_enabled():
+            anchor = torch.empty(0, requires_grad=True)
+            _, *grads = _Once.apply(anchor, *grads)  # type: ignore[no-untyped-call]
+        return tuple(grads)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, dout: Tensor | None, dfinal: Sequence[Tensor | None]
+    ) -> tuple[Any, ...]:
         x, out, saved, *tensors = ctx.saved_tensors
         cell, batch_sizes, batch, D = ctx.cell, ctx.batch_sizes, ctx.batch, ctx.D
         weights, state = _unflatten(D, tensors)
@@ -110,21 +120,23 @@ class _Layer(torch.autograd.Function):
             dw_ih = dw_hh = dw_hr = None
             if need_x:
                 if dx is None:
-                    dx = torch.empty_like(x)
+                    dx = _like(x)
                 matmul(dgx, w_ih, dx, d > 0)
             if need_w_ih:
-                dw_ih = torch.empty_like(w_ih)
+                dw_ih = _like(w_ih)
                 matmul(dgx.t(), x, dw_ih)
             if need_w_hh:
-                dw_hh = torch.empty_like(w_hh)
+                dw_hh = _like(w_hh)
                 h0 = None if state is None else state[0][d]
                 before = _before(out[:, d * P : (d + 1) * P], h0, batch_sizes, batch, d == 1)
+                if not before:
+                    dw_hh.zero_()
                 for k, (rows, h) in enumerate(before):
                     matmul(slots[rows, : shared * H].t(), h, dw_hh[: shared * H], k > 0)
                     if shared < G:
                         matmul(slots[rows, G * H :].t(), h, dw_hh[shared * H :], k > 0)
-            if need_w_hr and dh is not None:
-                dw_hr = torch.empty_like(w_hr)
+            if need_w_hr and w_hr is not None and dh is not None:
+                dw_hr = _like(w_hr)
                 matmul(dh[d].t(), saved[d, :, -1], dw_hr)
             # Two tensors, not two views of one: each may become some parameter's .grad.
             db_ih = dbias[d, :G].flatten() if need_b_ih else None
@@ -136,6 +148,20 @@ class _Layer(torch.autograd.Function):
                 for g, needed in zip(dstate, need[D * PER_DIRECTION :], strict=True)
             ]
         return (None, None, None, None, None, dx, *grads)
+
+
+class _Once(torch.autograd.Function):
+    """Hands gradients on, and refuses to be differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Any, ...]:
+        return anchor.view_as(anchor), *(None if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "fastrnn's layers cannot be differentiated twice: double backward is not supported"
+        )
 
 
 def _unflatten(D: int, tensors: Sequence[Tensor]) -> tuple[list[Weights], State | None]:
@@ -160,7 +186,11 @@ def _before(
         return [(slice(0, N), previous(h, first, batch_sizes, reverse))]
     last = N - batch
     inner, outer = (slice(0, last), slice(last, N)) if reverse else (slice(batch, N), slice(batch))
-    pairs = [(inner, h[batch:] if reverse else h[:last])]
+    pairs = [] if last <= 0 else [(inner, h[batch:] if reverse else h[:last])]
     if h0 is not None:
         pairs.append((outer, h0))
     return pairs
+
+
+def _like(w: Tensor) -> Tensor:
+    return torch.empty_like(w, memory_format=torch.contiguous_format)

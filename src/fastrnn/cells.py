@@ -7,10 +7,10 @@ where the derivations stand.
 Slots
 -----
 A layer computes two products a step, ``gx = W_ih x + b_ih`` and ``gh = W_hh h + b_hh``, each with
-one row of H values per *gate*. The leading ``shared`` gates are only ever used as ``gx + gh``; of the
-others the cell wants both parts (the GRU multiplies ``gh_n`` by ``r``). What a cell is given are
-*slots*: first the shared gates, each as the sum; then the x parts of the other gates; then their
-h parts. That is ``slots = 2 * gates - shared`` values per unit, and the cell's reverse returns the
+one row of H values per *gate*. The leading ``shared`` gates are only ever used as ``gx + gh``; of
+the others the cell wants both parts (the GRU multiplies ``gh_n`` by ``r``). What a cell is given are
+*slots*: first the shared gates, each as the sum; then the x parts of the other gates; then their h
+parts. That is ``slots = 2 * gates - shared`` values per unit, and the cell's reverse returns the
 gradient of the loss with respect to exactly these values: the gradient of ``gx`` is then slots
 ``[0, gates)``, that of ``gh`` slots ``[0, shared)`` and ``[gates, slots)``.
 
@@ -173,12 +173,8 @@ def _gru_backward(
     return (da_r, da_z, dx_n, dx_n * r), (dy[0] * z,)
 
 
-RNN_TANH = register(
-    Cell("RNN_TANH", ("h",), 1, ("h",), (), _rnn_tanh_forward, _rnn_tanh_backward)
-)
-RNN_RELU = register(
-    Cell("RNN_RELU", ("h",), 1, ("h",), (), _rnn_relu_forward, _rnn_relu_backward)
-)
+RNN_TANH = register(Cell("RNN_TANH", ("h",), 1, ("h",), (), _rnn_tanh_forward, _rnn_tanh_backward))
+RNN_RELU = register(Cell("RNN_RELU", ("h",), 1, ("h",), (), _rnn_relu_forward, _rnn_relu_backward))
 LSTM = register(
     Cell(
         "LSTM",

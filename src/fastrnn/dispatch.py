@@ -1,8 +1,8 @@
 """Which backend runs a layer: the one asked for, or the first that can.
 
-An argument beats :func:`use_backend`, which beats the environment variable ``FASTRNN_BACKEND`` (read
-once, when fastrnn is imported), which beats the automatic choice. What was asked for by name never
-falls back: if it cannot run, :class:`BackendError` says what is missing.
+An argument beats :func:`use_backend`, which beats the environment variable ``FASTRNN_BACKEND``
+(read once, when fastrnn is imported), which beats the automatic choice. What was asked for by name
+never falls back: if it cannot run, :class:`BackendError` says what is missing.
 """
 
 from __future__ import annotations

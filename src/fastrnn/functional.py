@@ -78,7 +78,7 @@ def rnn(
         x, final = _layer(run, cell, x, directions, state, batch_sizes, batch)
         finals.append(final)
     hn = finals[0] if len(finals) == 1 else tuple(map(torch.cat, zip(*finals, strict=True)))
-    return (x.view(T, batch, -1) if batch_sizes is None else x), hn
+    return (x.view(T, batch, x.shape[1]) if batch_sizes is None else x), hn
 
 
 def step(

@@ -7,7 +7,6 @@ False.
 
 from __future__ import annotations
 
-import math
 import numbers
 import warnings
 from typing import Any, cast
@@ -166,7 +165,7 @@ class RNNBase(nn.RNNBase):
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+        nn.Module.__setstate__(self, state)
 
     def _weights(self) -> list[list[Weights]]:
         """``[layer][direction]``, as :func:`fastrnn.functional.rnn` takes them."""
@@ -182,9 +181,7 @@ class RNNBase(nn.RNNBase):
             flat.append((w[0], w[1], b_ih, b_hh, w[-1] if self.proj_size else None))
         return [flat[k : k + D] for k in range(0, len(flat), D)]
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor | PackedSequence, hx: Any = None
-    ) -> tuple[Tensor | PackedSequence, Any]:
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """Run the layers; see the class for shapes and errors."""
         cell = self._cell
         weights = self._weights()
@@ -289,9 +286,7 @@ class RNNBase(nn.RNNBase):
         rows, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
         return rows, batch, self.hidden_size
 
-    def check_forward_args(
-        self, input: Tensor, hidden: Any, batch_sizes: Tensor | None
-    ) -> None:
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
         self.check_input(input, batch_sizes)
         _, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
         self._check_state(self._cell, _as_state(self._cell, hidden), batch)
@@ -463,9 +458,7 @@ class RNNCellBase(nn.RNNCellBase):
         cell = self._cell
         name = type(self).__name__
         if input.dim() not in (1, 2):
-            raise ValueError(
-                f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead"
-            )
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         state = None if hx is None else _as_state(cell, hx)
         batched = input.dim() == 2
         if not batched:

@@ -1,9 +1,9 @@
 """The contract between a backend and everything above it.
 
-A backend is a module with the functions of :class:`Backend`. It runs one layer, all its
-directions at once, over rows in time-major order: the rows of step 0, then those of step 1, and so
-on. In a dense batch every step has B rows; in a packed one step t has ``batch_sizes[t]``, longest
-sequences first, as in :class:`torch.nn.utils.rnn.PackedSequence`. Direction 1 runs backward in time.
+A backend is a module with the functions of :class:`Backend`. It runs one layer, all its directions
+at once, over rows in time-major order: the rows of step 0, then those of step 1, and so on. In a
+dense batch every step has B rows; in a packed one step t has ``batch_sizes[t]``, longest sequences
+first, as in :class:`torch.nn.utils.rnn.PackedSequence`. Direction 1 runs backward in time.
 
 Backends may rely on what :mod:`fastrnn.functional` has checked: shapes, one dtype, one device,
 contiguous ``x``. Sizes: T steps, N rows in all, B rows at the widest step, D directions, input size

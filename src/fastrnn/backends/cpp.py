@@ -28,8 +28,8 @@ def missing() -> str | None:
 
 
 @cache
-def _index(cell: Cell) -> int | None:
-    """Where the extension keeps a cell; None if it lacks it or knows another of that name."""
+def _index(cell: Cell) -> int:
+    """Where the extension keeps a cell; -1 if it lacks it or knows another of that name."""
     numbers = (
         cell.mode,
         len(cell.gates),
@@ -39,7 +39,7 @@ def _index(cell: Cell) -> int | None:
         cell.projectable,
     )
     known = _cpp.cells()
-    return known.index(numbers) if numbers in known else None
+    return known.index(numbers) if numbers in known else -1
 
 
 @cache
@@ -61,7 +61,7 @@ def refuses(cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
         return f"expected tensors on the CPU, got {device}"
     if dtype not in (torch.float32, torch.float64):
         return f"expected torch.float32 or torch.float64, got {dtype}"
-    if _index(cell) is None:
+    if _index(cell) < 0:
         return f"the extension has no cell {cell.mode} like this one"
     return None
 

@@ -1,0 +1,86 @@
+# The environment is made once. VENV=, PYTHON=, TORCH= and CXX= choose another, for example
+#   make test VENV=.venv-old TORCH='torch==2.6.0 --index-url https://download.pytorch.org/whl/cpu'
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip install -qq
+# Not `python -m pytest`, which would put the root, and so a second copy of kernels/, on the path.
+pytest := $(bin)/pytest -q
+csrc := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc)
+extension := build/extension-$(notdir $(VENV))
+selftest := build/selftest-$(notdir $(lastword $(CXX)))
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test heavy test-isa bench lint sanitize wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## train a small language model with fastrnn and with torch.nn, and plot both
+	$(bin)/python examples/char_lm.py --plot char_lm.png
+
+test: $(VENV)/.dev ## run the tests, but for the heavy ones
+	$(pytest) -n 2 -m "not heavy" tests
+
+heavy: $(VENV)/.dev ## run the heavy tests
+	$(pytest) -m heavy --timeout 1800 -o faulthandler_timeout=1860 tests
+
+test-isa: $(VENV)/.dev ## run the engine's tests with only part of the processor's instruction set
+	ATEN_CPU_CAPABILITY=avx2 $(pytest) -n 2 -m "isa and not heavy" tests
+	ATEN_CPU_CAPABILITY=default $(pytest) -n 2 -m "isa and not heavy" tests
+
+bench: $(VENV)/.dev ## measure fastrnn against torch.nn
+	$(bin)/python bench/paired.py
+
+lint: $(VENV)/.dev ## check style and types
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy
+	$(bin)/clang-format --dry-run --Werror $(csrc)
+
+sanitize: $(selftest) $(selftest)-openmp ## run the C++ self-test under address and undefined-behaviour checks
+	$(selftest)
+	$(selftest)-openmp
+
+wheel: $(VENV)/.dev ## build the sdist and from it the wheel, and test that in a clean environment
+	rm -rf dist build/wheel
+	$(bin)/python -m build --quiet
+	$(bin)/python -m venv build/wheel
+	build/wheel/bin/python -m pip install -qq --upgrade pip
+	build/wheel/bin/python -m pip install -qq $(TORCH)
+	build/wheel/bin/python -m pip install -qq "$$(echo dist/*.whl)[test]"
+	cd build/wheel && bin/python -c "import torch, fastrnn, fastrnn._cpp as cpp, fastrnn.kernels as \
+	kernels; assert all('site-packages' in m.__file__ for m in (fastrnn, cpp, kernels))"
+	cd build/wheel && bin/pytest -q -n 2 -m "not heavy" $(CURDIR)/tests
+
+clean: ## remove what was built, but not the environment
+	rm -rf build dist src/*.egg-info src/fastrnn/*.so char_lm.png
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# torch first and alone: no other requirement can then bring a build of its own choice, such as one
+# for CUDA.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(pip) --upgrade pip
+	$(pip) $(TORCH)
+	$(pip) setuptools pybind11
+	@touch $@
+
+$(extension): setup.py $(filter-out csrc/selftest.cpp, $(csrc)) | $(VENV)/.torch
+	$(bin)/python setup.py --quiet build_ext --inplace --force
+	@mkdir -p build && touch $@
+
+# pip would compile the extension once more, and at every change of pyproject.toml.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(extension)
+	FASTRNN_NO_CPP=1 $(pip) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# The flags of the vector maths are those of setup.py.
+$(selftest): openmp := -Wno-unknown-pragmas
+$(selftest)-openmp: openmp := -fopenmp
+$(selftest) $(selftest)-openmp: $(filter-out csrc/bindings.cpp, $(csrc))
+	@mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -fno-math-errno -fno-trapping-math -ffp-contract=fast \
+		-fsanitize=address,undefined -fno-sanitize-recover=all $(openmp) $(filter %.cpp, $^) -o $@

@@ -1,0 +1,327 @@
+// The engine's own test, without Python: for sanitizers, emulators and machines without torch.
+//
+// Every instruction set that runs here, every cell: the reverse against finite differences of the
+// forward pass in double, results of all instruction sets against each other, and bit-equal results
+// for any number of threads. Every buffer has exactly the size that the engine was told, so that a
+// sanitizer sees each step outside.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+
+using namespace fastrnn;
+
+namespace {
+
+int g_checks = 0;
+
+void check(bool ok, const std::string& what) {
+  ++g_checks;
+  if (ok) return;
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  std::exit(1);
+}
+
+std::mt19937_64 g_random(1);
+
+template <class T>
+std::vector<T> random_values(int64_t count, double scale = 1) {
+  std::normal_distribution<double> normal(0, scale);
+  std::vector<T> values(static_cast<size_t>(count));
+  for (T& v : values) v = static_cast<T>(normal(g_random));
+  return values;
+}
+
+template <class T>
+T* pointer(std::vector<T>& v) {
+  return v.empty() ? nullptr : v.data();
+}
+
+struct Shape {
+  std::vector<int64_t> batch_sizes;
+  int64_t I, H, P;
+  int D;
+  bool dense, bias, state;
+};
+
+// A layer with data of its own, and what running it gives.
+template <class T>
+struct Problem {
+  const CellInfo& cell;
+  Shape shape;
+  std::unique_ptr<Rows> rows;
+  int64_t N = 0, B = 0;
+  std::vector<T> x, out, saved, dout, dpre, dbias, dh;
+  std::vector<T> w_ih[2], w_hh[2], b_ih[2], b_hh[2], w_hr[2];
+  std::vector<T> state[kMaxStates], final[kMaxStates], dfinal[kMaxStates], dstate[kMaxStates];
+
+  bool projected() const { return shape.P != shape.H; }
+
+  Problem(const CellInfo& cell_, const Shape& s) : cell(cell_), shape(s) {
+    const int64_t G = cell.gates, D = s.D, H = s.H, P = s.P;
+    B = s.batch_sizes[0];
+    for (int64_t n : s.batch_sizes) N += n;
+    rows = std::make_unique<Rows>(N, B, s.dense ? nullptr : s.batch_sizes.data(),
+                                  static_cast<int64_t>(s.batch_sizes.size()));
+    x = random_values<T>(N * s.I);
+    dout = random_values<T>(N * D * P);
+    for (int d = 0; d < D; ++d) {
+      w_ih[d] = random_values<T>(G * H * s.I, 0.5 / std::sqrt(double(s.I)));
+      w_hh[d] = random_values<T>(G * H * P, 0.5 / std::sqrt(double(P)));
+      if (s.bias) {
+        b_ih[d] = random_values<T>(G * H);
+        b_hh[d] = random_values<T>(G * H);
+      }
+      if (projected()) w_hr[d] = random_values<T>(P * H, 1 / std::sqrt(double(H)));
+    }
+    for (int k = 0; k < cell.states; ++k) {
+      const int64_t size = D * B * (k ? H : P);
+      if (s.state) state[k] = random_values<T>(size);
+      dfinal[k] = random_values<T>(size);
+    }
+  }
+
+  void fill(Layer<T>& a, int threads) {
+    a.rows = rows.get();
+    a.I = shape.I, a.H = shape.H, a.P = shape.P, a.D = shape.D, a.threads = threads;
+    for (int d = 0; d < shape.D; ++d) {
+      a.weights[d] = {pointer(w_ih[d]), pointer(w_hh[d]), pointer(b_ih[d]), pointer(b_hh[d]),
+                      pointer(w_hr[d])};
+    }
+    for (int k = 0; k < cell.states; ++k) a.state[k] = pointer(state[k]);
+  }
+
+  void forward(const Engine& engine, int index, int threads, bool save) {
+    Forward<T> a;
+    fill(a, threads);
+    out.assign(N * shape.D * shape.P, T(NAN));
+    a.x = pointer(x);
+    a.out = pointer(out);
+    for (int k = 0; k < cell.states; ++k) {
+      final[k].assign(shape.D * B * (k ? shape.H : shape.P), T(NAN));
+      a.final[k] = pointer(final[k]);
+    }
+    if (save) {
+      saved.assign(shape.D * N * cell.kept(projected()) * shape.H, T(NAN));
+      a.saved = pointer(saved);
+    }
+    engine.forward(index, a);
+  }
+
+  void backward(const Engine& engine, int index, int threads) {
+    Backward<T> a;
+    fill(a, threads);
+    a.out = pointer(out);
+    a.saved = pointer(saved);
+    a.dout = pointer(dout);
+    dpre.assign(shape.D * N * cell.slots() * shape.H, T(NAN));
+    dbias.assign(shape.D * cell.slots() * shape.H, T(NAN));
+    dh.assign(projected() ? shape.D * N * shape.P : 0, T(NAN));
+    a.dpre = pointer(dpre), a.dbias = pointer(dbias), a.dh = pointer(dh);
+    for (int k = 0; k < cell.states; ++k) {
+      a.dfinal[k] = pointer(dfinal[k]);
+      dstate[k].assign(dfinal[k].size(), T(NAN));
+      a.dstate[k] = pointer(dstate[k]);
+    }
+    engine.backward(index, a);
+  }
+
+  double loss() const {
+    double sum = 0;
+    for (size_t i = 0; i < out.size(); ++i) sum += double(out[i]) * double(dout[i]);
+    for (int k = 0; k < cell.states; ++k) {
+      for (size_t i = 0; i < final[k].size(); ++i)
+        sum += double(final[k][i]) * double(dfinal[k][i]);
+    }
+    return sum;
+  }
+
+  std::vector<const std::vector<T>*> results() const {
+    std::vector<const std::vector<T>*> all = {&out, &saved, &dpre, &dbias, &dh};
+    for (int k = 0; k < cell.states; ++k) all.insert(all.end(), {&final[k], &dstate[k]});
+    return all;
+  }
+};
+
+std::string name_of(const Engine& engine, const CellInfo& cell, const Shape& s) {
+  return std::string(engine.name) + " " + cell.mode + " T=" + std::to_string(s.batch_sizes.size()) +
+         " B=" + std::to_string(s.batch_sizes[0]) + " I=" + std::to_string(s.I) +
+         " H=" + std::to_string(s.H) + " P=" + std::to_string(s.P) + " D=" + std::to_string(s.D);
+}
+
+// The gradient of the biases and of the initial state against central differences.
+void check_gradients(const Engine& engine, int index, const Shape& shape) {
+  Problem<double> p(engine.cell[index], shape);
+  p.forward(engine, index, 1, true);
+  p.backward(engine, index, 1);
+  const std::string name = name_of(engine, p.cell, shape);
+  const auto slope = [&](double& value) {
+    const double step = 1e-5, kept = value;
+    value = kept + step;
+    p.forward(engine, index, 1, false);
+    const double above = p.loss();
+    value = kept - step;
+    p.forward(engine, index, 1, false);
+    value = kept;
+    return (above - p.loss()) / (2 * step);
+  };
+  const auto close = [&](double got, double expected, const std::string& what) {
+    check(std::fabs(got - expected) <= 1e-6 * (1 + std::fabs(expected)),
+          name + ": gradient of " + what + " " + std::to_string(got) + ", by differences " +
+              std::to_string(expected));
+  };
+  const int64_t G = p.cell.gates, shared = p.cell.shared, S = p.cell.slots(), H = shape.H;
+  for (int d = 0; d < shape.D && shape.bias; ++d) {
+    for (int64_t g = 0; g < G; ++g) {
+      for (int64_t u = 0; u < H; ++u) {
+        const double* db = p.dbias.data() + d * S * H;
+        close(db[g * H + u], slope(p.b_ih[d][g * H + u]), "bias_ih");
+        const int64_t slot = g < shared ? g : g + G - shared;
+        close(db[slot * H + u], slope(p.b_hh[d][g * H + u]), "bias_hh");
+      }
+    }
+  }
+  for (int k = 0; k < p.cell.states && shape.state; ++k) {
+    for (size_t i = 0; i < p.state[k].size(); ++i) {
+      close(p.dstate[k][i], slope(p.state[k][i]), "state " + std::to_string(k));
+    }
+  }
+}
+
+template <class T>
+void check_agreement(int index, const Shape& shape, double tolerance) {
+  const Engine& base = *engines().back();
+  const auto seed = g_random;
+  Problem<T> expected(base.cell[index], shape);
+  expected.forward(base, index, 1, true);
+  expected.backward(base, index, 1);
+  for (const Engine* engine : engines()) {
+    if (!engine->runs_here()) continue;
+    const std::string name = name_of(*engine, base.cell[index], shape);
+    std::unique_ptr<Problem<T>> one;
+    for (int threads : {1, 2, 3}) {
+      g_random = seed;
+      auto p = std::make_unique<Problem<T>>(engine->cell[index], shape);
+      set_threads(threads);
+      p->forward(*engine, index, threads, true);
+      p->backward(*engine, index, threads);
+      const auto got = p->results(), want = expected.results();
+      for (size_t k = 0; k < got.size(); ++k) {
+        for (size_t i = 0; i < got[k]->size(); ++i) {
+          const double a = (*got[k])[i], b = (*want[k])[i];
+          check(std::fabs(a - b) <= tolerance * (1 + std::fabs(b)),
+                name + ": result " + std::to_string(k) + "[" + std::to_string(i) + "] is " +
+                    std::to_string(a) + ", expected " + std::to_string(b));
+        }
+      }
+      if (one) {
+        check(p->out == one->out && p->dpre == one->dpre, name + ": threads change the result");
+      } else {
+        one = std::move(p);
+      }
+    }
+  }
+}
+
+template <class T>
+void check_matmul(const Engine& engine, int64_t M, int64_t N, int64_t K, bool transposed, bool add,
+                  double tolerance) {
+  const auto a = random_values<T>(M * K), b = random_values<T>(K * N);
+  auto c = random_values<T>(M * N);
+  const auto before = c;
+  Matmul<T> m;
+  m.M = M, m.N = N, m.K = K;
+  m.a = a.data(), m.a_row = transposed ? 1 : K, m.a_column = transposed ? M : 1;
+  m.b = b.data(), m.b_row = N, m.c = c.data(), m.c_row = N;
+  m.add = add, m.threads = 2;
+  set_threads(2);
+  engine.matmul(m);
+  for (int64_t i = 0; i < M; ++i) {
+    for (int64_t j = 0; j < N; ++j) {
+      double sum = add ? double(before[i * N + j]) : 0;
+      for (int64_t k = 0; k < K; ++k)
+        sum += double(a[i * m.a_row + k * m.a_column]) * double(b[k * N + j]);
+      check(std::fabs(c[i * N + j] - sum) <=
+                tolerance * (1 + std::fabs(sum)) * std::sqrt(double(K + 1)),
+            std::string(engine.name) + ": matmul " + std::to_string(M) + " x " + std::to_string(N) +
+                " x " + std::to_string(K));
+    }
+  }
+}
+
+void check_rows() {
+  const auto refuses = [](int64_t N, int64_t B, std::vector<int64_t> sizes) {
+    try {
+      Rows(N, B, sizes.data(), static_cast<int64_t>(sizes.size()));
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
+  };
+  check(!refuses(5, 3, {3, 2}), "rows: good batch_sizes");
+  check(refuses(5, 3, {3, 3}), "rows: too many");
+  check(refuses(5, 3, {3, 1}), "rows: too few");
+  check(refuses(5, 2, {2, 3}), "rows: growing");
+  check(refuses(3, 3, {3, 0}), "rows: zero");
+  check(refuses(3, 3, {4, -1}), "rows: negative");
+  check(refuses(3, 2, {3}), "rows: first is not B");
+  check(refuses(1, 1, {INT64_MAX, 2}), "rows: overflow");
+}
+
+std::vector<int64_t> dense(int64_t T, int64_t B) { return std::vector<int64_t>(T, B); }
+
+}  // namespace
+
+int main() {
+  Scratch::poison(true);
+  check_rows();
+  std::string names;
+  for (const Engine* engine : engines()) {
+    if (!engine->runs_here()) continue;
+    names += std::string(names.empty() ? "" : ", ") + engine->name;
+    for (int cell = 0; cell < engine->cells; ++cell) {
+      check_gradients(*engine, cell, {dense(3, 2), 3, 5, 5, 1, true, true, true});
+      check_gradients(*engine, cell, {{3, 3, 1}, 2, 3, 3, 2, false, true, true});
+      check_gradients(*engine, cell, {dense(1, 1), 1, 1, 1, 1, true, true, true});
+      if (engine->cell[cell].projectable) {
+        check_gradients(*engine, cell, {{3, 2, 2}, 2, 4, 3, 2, false, true, true});
+      }
+    }
+    for (bool transposed : {false, true}) {
+      for (bool add : {false, true}) {
+        check_matmul<double>(*engine, 7, 67, 130, transposed, add, 1e-13);
+        check_matmul<float>(*engine, 130, 300, 140, transposed, add, 1e-5);
+        check_matmul<float>(*engine, 1, 1, 1, transposed, add, 1e-5);
+        check_matmul<float>(*engine, 5, 16, 0, transposed, add, 1e-5);
+      }
+    }
+  }
+  for (int cell = 0; cell < engines().back()->cells; ++cell) {
+    const bool projectable = engines().back()->cell[cell].projectable;
+    for (const auto& sizes :
+         {dense(1, 1), dense(3, 13), dense(20, 2), std::vector<int64_t>{7, 7, 4, 3, 3, 1}}) {
+      for (int64_t H : {1, 17, 64, 100}) {
+        const bool is_dense = sizes.front() == sizes.back();
+        const int64_t I = H == 64 ? 64 : H / 2 + 3;
+        for (int D : {1, 2}) {
+          check_agreement<float>(cell, {sizes, I, H, H, D, is_dense, H != 17, H != 64}, 1e-4);
+          check_agreement<double>(cell, {sizes, I, H, H, D, is_dense, H == 17, H == 64}, 1e-11);
+          if (projectable && H > 1) {
+            check_agreement<float>(cell, {sizes, I, H, H / 2, D, is_dense, true, true}, 1e-4);
+          }
+        }
+      }
+    }
+    // Few sequences and wide layers: the plan in which threads share a step.
+    check_agreement<float>(cell, {dense(3, 1), 8, 520, 520, 1, true, true, true}, 1e-4);
+  }
+  std::printf("%d checks passed on %s, %s\n", g_checks, names.c_str(),
+              threading() ? threading() : "one thread");
+}

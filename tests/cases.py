@@ -1,0 +1,339 @@
+"""The cases that every backend is judged on, the tolerances, and the judges.
+
+``CASES`` is for every run: a small set in which each value of each factor occurs together with each
+value of each other factor. ``GRID`` is the full product of the options over a short list of sizes,
+and is run where tests are marked ``heavy``. New cells and backends are found through
+``fastrnn.cells.CELLS`` and ``fastrnn.dispatch.BACKENDS``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fastrnn
+from fastrnn.cells import CELLS, Cell
+from fastrnn.dispatch import BACKENDS, load
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a result may be from the judge's.
+
+    Attributes:
+        rtol: relative to the element.
+        atol: relative to the largest element of the tensor, or to 1 if that is smaller.
+    """
+
+    rtol: float
+    atol: float
+
+
+# Another order of summation and, in float32, activations good to 1e-7; over up to 130 products, 20
+# steps and 2 layers.
+TOLERANCE = {
+    torch.float64: Tolerance(rtol=1e-10, atol=1e-13),
+    torch.float32: Tolerance(rtol=4e-6, atol=4e-6),
+}
+
+OPTIONS: dict[str, Sequence[Any]] = {
+    "mode": tuple(CELLS),
+    "directions": (1, 2),
+    "layers": (1, 2),
+    "bias": (True, False),
+    "layout": ("dense", "batch_first", "unbatched", "packed", "unsorted"),
+    "projected": (False, True),
+    "hx": (True, False),
+}
+# Batches and hidden sizes on both sides of every tile: up to 13 rows, 4, 8 or 16 lanes.
+SIZES: dict[str, Sequence[int]] = {
+    "T": (1, 2, 3, 20),
+    "B": tuple(range(1, 14)),
+    "I": (1, 3, 16, 17, 100),
+    "H": (1, 2, 8, 16, 17, 63, 64, 65, 100, 130),
+}
+GRID_SIZES = (
+    (1, 1, 1, 1),
+    (1, 13, 17, 16),
+    (2, 1, 3, 100),
+    (3, 5, 1, 63),
+    (3, 12, 64, 64),
+    (5, 2, 100, 17),
+    (5, 13, 16, 33),
+    (7, 7, 5, 130),
+    (20, 3, 2, 8),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and one input. Sizes: T steps, B sequences, I features, H hidden units."""
+
+    mode: str
+    directions: int
+    layers: int
+    bias: bool
+    layout: str
+    projected: bool
+    hx: bool
+    T: int
+    B: int
+    I: int
+    H: int
+
+    def __str__(self) -> str:
+        options = [self.mode, f"D{self.directions}", f"L{self.layers}"]
+        options += ["bias"] * self.bias + [self.layout]
+        options += ["proj"] * self.projected + ["hx"] * self.hx
+        return "-".join([*options, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"])
+
+    @property
+    def cell(self) -> Cell:
+        return CELLS[self.mode]
+
+    @property
+    def P(self) -> int:
+        """Size of h."""
+        return (self.H + 1) // 2 if self.projected else self.H
+
+    @property
+    def packed(self) -> bool:
+        return self.layout in ("packed", "unsorted")
+
+
+def valid(values: Mapping[str, Any]) -> bool:
+    """Whether a case may have these values; all rules are about two factors at most."""
+    if values.get("layout") == "unbatched" and values.get("B", 1) != 1:
+        return False
+    if values.get("projected"):
+        if values.get("H", 2) == 1:  # proj_size is smaller than hidden_size
+            return False
+        return "mode" not in values or CELLS[values["mode"]].projectable
+    return True
+
+
+def cover(
+    factors: Mapping[str, Sequence[Any]], valid: Callable[[Mapping[str, Any]], bool]
+) -> list[dict[str, Any]]:
+    """Few choices of one value per factor, with every valid pair of values in at least one.
+
+    Greedy: take a pair that no choice has yet, fill up the other factors at random 30 times, and
+    keep the choice that brings the most new pairs. The same in every process: xdist needs that.
+    """
+    draw = random.Random(0)
+    missing = {
+        ((a, x), (b, y)): None
+        for a, b in combinations(factors, 2)
+        for x, y in product(factors[a], factors[b])
+        if valid({a: x, b: y})
+    }
+    chosen = []
+    while missing:
+        pair = dict(next(iter(missing)))
+        candidates: list[dict[str, Any]] = []
+        while len(candidates) < 30:
+            values = {name: pair.get(name, draw.choice(factors[name])) for name in factors}
+            if valid(values):
+                candidates.append(values)
+        best = max(candidates, key=lambda c: sum(p in missing for p in combinations(c.items(), 2)))
+        for p in combinations(best.items(), 2):
+            missing.pop(p, None)
+        chosen.append(best)
+    return chosen
+
+
+CASES = [Case(**values) for values in cover({**OPTIONS, **SIZES}, valid)]
+GRID = [
+    Case(*options, *sizes)
+    for options in product(*OPTIONS.values())
+    for sizes in GRID_SIZES
+    if valid(dict(zip((f.name for f in fields(Case)), (*options, *sizes), strict=True)))
+]
+
+# What torch.nn calls its modes: ours and theirs, of which a new cell has neither.
+LAYERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "RNN_TANH": (fastrnn.RNN, nn.RNN),
+    "RNN_RELU": (partial(fastrnn.RNN, nonlinearity="relu"), partial(nn.RNN, nonlinearity="relu")),
+    "LSTM": (fastrnn.LSTM, nn.LSTM),
+    "GRU": (fastrnn.GRU, nn.GRU),
+}
+STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "RNN_TANH": (fastrnn.RNNCell, nn.RNNCell),
+    "RNN_RELU": (
+        partial(fastrnn.RNNCell, nonlinearity="relu"),
+        partial(nn.RNNCell, nonlinearity="relu"),
+    ),
+    "LSTM": (fastrnn.LSTMCell, nn.LSTMCell),
+    "GRU": (fastrnn.GRUCell, nn.GRUCell),
+}
+
+
+def runnable() -> list[str]:
+    """The backends that can run here, the reference aside."""
+    return [b for b in BACKENDS if b != "reference" and load(b).missing() is None]
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {
+        "num_layers": case.layers,
+        "bias": case.bias,
+        "batch_first": case.layout == "batch_first",
+        "bidirectional": case.directions == 2,
+    }
+    if case.projected:
+        kwargs["proj_size"] = case.P
+    return kwargs
+
+
+def ours(case: Case, dtype: torch.dtype, seed: int = 1) -> fastrnn.RNNBase:
+    torch.manual_seed(seed)
+    make = LAYERS[case.mode][0] if case.mode in LAYERS else partial(fastrnn.RNNBase, case.mode)
+    return make(case.I, case.H, dtype=dtype, **arguments(case))
+
+
+def theirs(case: Case, dtype: torch.dtype, seed: int = 1) -> nn.RNNBase:
+    torch.manual_seed(seed)
+    return LAYERS[case.mode][1](case.I, case.H, dtype=dtype, **arguments(case))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Input, initial state and cotangents of a case, all of one dtype.
+
+    Attributes:
+        x: ``[T, B, I]``, whatever the layout.
+        lengths: ``[B]``, if packed.
+        hx: ``[L*D, B, P or H]`` per state of the cell, or None.
+        cotangents: of the output, ``[T, B, D*P]``, and of each final state.
+    """
+
+    x: Tensor
+    lengths: Tensor | None
+    hx: tuple[Tensor, ...] | None
+    cotangents: tuple[Tensor, ...]
+
+    def to(self, dtype: torch.dtype) -> Data:
+        def all_to(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(t.to(dtype) for t in tensors)
+
+        hx = None if self.hx is None else all_to(self.hx)
+        return replace(self, x=self.x.to(dtype), hx=hx, cotangents=all_to(self.cotangents))
+
+
+def data(case: Case, dtype: torch.dtype, seed: int = 2) -> Data:
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+    lengths = None
+    if case.packed:
+        lengths = torch.randint(1, case.T + 1, (case.B,), generator=g)
+        lengths[case.B // 2] = case.T
+        if case.layout == "packed":
+            lengths = lengths.sort(descending=True).values
+    rows = case.layers * case.directions
+    states = [(rows, case.B, case.H if k else case.P) for k in range(len(case.cell.states))]
+    return Data(
+        x=randn(case.T, case.B, case.I),
+        lengths=lengths,
+        hx=tuple(randn(*s) for s in states) if case.hx else None,
+        cotangents=(
+            randn(case.T, case.B, case.directions * case.P),
+            *(randn(*s) for s in states),
+        ),
+    )
+
+
+def shaped(case: Case, sequence: Tensor) -> Tensor:
+    """A sequence ``[T, B, *]`` as the module of this case takes and gives it."""
+    if case.layout == "unbatched":
+        return sequence.squeeze(1)
+    return sequence.transpose(0, 1).contiguous() if case.layout == "batch_first" else sequence
+
+
+def call(
+    module: nn.Module, case: Case, x: Tensor, lengths: Tensor | None, hx: Any
+) -> tuple[Tensor, ...]:
+    """The output, padded if it comes packed, and the final states."""
+    input = x
+    if lengths is not None:
+        input = pack_padded_sequence(x, lengths, enforce_sorted=case.layout == "packed")
+    if hx is not None and len(hx) == 1:
+        (hx,) = hx
+    output, final = module(input, hx)
+    if lengths is not None:
+        output, _ = pad_packed_sequence(output, total_length=case.T)
+    return (output, *((final,) if isinstance(final, Tensor) else final))
+
+
+def evaluate(module: nn.Module, case: Case, d: Data, backend: str | None = None) -> Results:
+    """Outputs and the gradients of everything, by name; ``backend`` beats what is in force."""
+    x = shaped(case, d.x.clone()).requires_grad_()
+    squeeze = case.layout == "unbatched"
+    hx = None
+    if d.hx is not None:
+        hx = tuple((s.squeeze(1) if squeeze else s).clone().requires_grad_() for s in d.hx)
+    with nullcontext() if backend is None else fastrnn.use_backend(backend):
+        outputs = call(module, case, x, d.lengths, hx)
+    cotangents = [shaped(case, d.cotangents[0])]
+    cotangents += [c.squeeze(1) if squeeze else c for c in d.cotangents[1:]]
+    leaves = {"input": x, **dict(module.named_parameters())}
+    leaves |= {f"{s}_0": t for s, t in zip(case.cell.states, hx or (), strict=False)}
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    results = dict(zip(output_names(case.cell), (o.detach() for o in outputs), strict=True))
+    return results | {f"grad of {n}": g for n, g in zip(leaves, grads, strict=True)}
+
+
+def output_names(cell: Cell) -> list[str]:
+    return ["output", *(f"{s}_n" for s in cell.states)]
+
+
+def assert_near(actual: Results, expected: Results, dtype: torch.dtype) -> None:
+    """Every result within the tolerance of ``dtype``."""
+    assert actual.keys() == expected.keys()
+    tolerance = TOLERANCE[dtype]
+    for name, e in expected.items():
+        scale = max(1.0, e.abs().max().item()) if e.numel() else 1.0
+        torch.testing.assert_close(
+            actual[name].to(e.dtype),
+            e,
+            rtol=tolerance.rtol,
+            atol=tolerance.atol * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def errors(actual: Results, exact: Results) -> dict[str, float]:
+    """Of each result the error in the norm, relative to ``exact``."""
+    assert actual.keys() == exact.keys()
+    return {n: ((actual[n].double() - e).norm() / e.norm()).item() for n, e in exact.items()}
+
+
+def assert_as_accurate(
+    actual: Sequence[dict[str, float]], baseline: Sequence[dict[str, float]]
+) -> None:
+    """Over several calls, no result's error is more than twice torch.nn's own."""
+    for name in actual[0]:
+        error, own = (
+            (sum(e[name] ** 2 for e in calls) / len(calls)) ** 0.5 for calls in (actual, baseline)
+        )
+        assert error <= 2 * own, f"{name}: error {error:.2e}, torch.nn's {own:.2e}"
+
+
+def assert_equal(actual: Results, expected: Results) -> None:
+    """Every result equal, bit for bit."""
+    assert actual.keys() == expected.keys()
+    for name, e in expected.items():
+        assert torch.equal(actual[name], e), name

@@ -1,0 +1,42 @@
+"""What every test runs under: fixed seeds, poisoned memory, and no more threads than cores."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("cases")
+
+
+def pytest_configure() -> None:
+    # With both of these torch fills every torch.empty with NaN (integers: their largest value), so
+    # an element that nobody wrote fails the test that reads it. The engine's own scratch memory is
+    # not torch's: it is poisoned by a switch of its own.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        import fastrnn._cpp
+    except ImportError:
+        pass  # test_backends.py says whether it may be missing
+    else:
+        fastrnn._cpp.poison(True)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads`` for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,505 @@
+"""What autograd sees: when a graph is made, what is in it, and what it refuses."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cases import LAYERS, Case, assert_equal, assert_near, data, evaluate, ours, theirs
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import fastrnn
+from fastrnn.cells import CELLS
+from fastrnn.dispatch import BACKENDS, choose, load
+
+MODES = list(LAYERS)
+F64 = torch.float64
+
+
+@pytest.fixture(params=[b for b in BACKENDS if load(b).missing() is None], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastrnn.use_backend(request.param):
+        yield request.param
+
+
+def small(mode: str, **changes: Any) -> Case:
+    values = {"directions": 2, "layers": 2, "bias": True, "layout": "dense", "projected": False}
+    return Case(mode, **values | {"hx": True, "T": 4, "B": 3, "I": 5, "H": 6} | changes)
+
+
+def final_states(final: Any) -> tuple[Tensor, ...]:
+    return (final,) if isinstance(final, Tensor) else tuple(final)
+
+
+@contextmanager
+def spied(
+    monkeypatch: pytest.MonkeyPatch, target: ModuleType | Any, name: str
+) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The arguments of every call of ``target.name`` in the block."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    original = getattr(target, name)
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(target, name, spy)
+        yield calls
+
+
+# No graph, nothing saved
+
+
+def needs_nothing() -> dict[str, Any]:
+    frozen = {"frozen": lambda m: m.requires_grad_(False)}
+    return frozen | {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+@pytest.mark.parametrize("how", needs_nothing())
+@pytest.mark.parametrize("mode", CELLS)
+def test_nothing_is_saved_when_no_gradient_is_needed(
+    mode: str, how: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = small(mode)
+    d = data(case, torch.float32)
+    m = ours(case, torch.float32)
+    hx = d.hx if len(d.hx) > 1 else d.hx[0]
+    with spied(monkeypatch, load(backend), "forward") as calls:
+        if how == "frozen":
+            output, final = m.requires_grad_(False)(d.x, hx)
+        else:
+            with needs_nothing()[how]():
+                output, final = m(d.x, hx)
+    assert len(calls) == case.layers
+    for _, kwargs in calls:
+        assert kwargs["save"] is False
+    for t in (output, *final_states(final)):
+        assert not t.requires_grad
+        assert t.grad_fn is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cell_saves_nothing_when_no_gradient_is_needed(
+    mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = getattr(fastrnn, f"{mode.split('_')[0]}Cell")(3, 4).requires_grad_(False)
+    with spied(monkeypatch, load(backend), "forward") as calls:
+        new = cell(torch.randn(2, 3))
+    assert [kwargs["save"] for _, kwargs in calls] == [False]
+    assert all(t.grad_fn is None for t in final_states(new))
+
+
+@pytest.mark.parametrize("which", ["input", "h_0", "weight_ih_l0", "bias_hh_l0_reverse"])
+def test_one_tensor_that_needs_a_gradient_is_enough(which: str) -> None:
+    case = small("LSTM", layers=1)
+    d = data(case, torch.float32)
+    m = ours(case, torch.float32).requires_grad_(False)
+    x, hx = d.x, d.hx
+    tensors = {"input": x, "h_0": hx[0], **dict(m.named_parameters())}
+    tensors[which].requires_grad_()
+    output, final = m(x, hx)
+    assert output.requires_grad
+    assert all(t.requires_grad for t in final)
+    output.sum().backward()
+    assert [n for n, t in tensors.items() if t.grad is not None] == [which]
+
+
+# Gradients
+
+
+def gradients(outputs: Any, leaves: list[Tensor], **kwargs: Any) -> list[Tensor]:
+    torch.manual_seed(9)
+    flat = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    grads = torch.autograd.grad(
+        flat, leaves, [torch.randn_like(t) for t in flat], allow_unused=True, **kwargs
+    )
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)]
+
+
+def graph(case: Case, make: Any, seed: int = 2) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of one call of a new module, and the leaves."""
+    d = data(case, F64, seed)
+    m = make(case, F64)
+    x, hx = d.x.requires_grad_(), [s.requires_grad_() for s in d.hx]
+    output, final = m(x, hx[0] if len(hx) == 1 else tuple(hx))
+    return [output, *final_states(final)], [x, *hx, *m.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("mode", "which"), [(m, k) for m in MODES for k in range(1 + len(CELLS[m].states))]
+)
+def test_gradient_through_one_output_only(mode: str, which: int) -> None:
+    case = small(mode)
+    results = []
+    for make in (ours, theirs):
+        outputs, leaves = graph(case, make)
+        results.append(gradients(outputs[which], leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", CELLS)
+@pytest.mark.parametrize("layout", ["dense", "unsorted"])
+def test_retain_graph(mode: str, layout: str) -> None:
+    outputs, leaves = graph(small(mode), ours)
+    first = gradients(outputs, leaves, retain_graph=True)
+    second = gradients(outputs, leaves, retain_graph=True)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    gradients(outputs, leaves)
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients(outputs, leaves)
+
+
+@pytest.mark.parametrize("mode", CELLS)
+def test_two_live_graphs(mode: str) -> None:
+    case = small(mode)
+    alone = [gradients(*graph(case, ours, seed)) for seed in (2, 3)]
+    a, b = graph(case, ours, 2), graph(case, ours, 3)
+    got_b = gradients(*b)
+    c = graph(case, ours, 3)  # may be given the buffers that b has let go
+    got_a, got_c = gradients(*a), gradients(*c)
+    for expected, got in zip((*alone, alone[1]), (got_a, got_b, got_c), strict=True):
+        for e, g in zip(expected, got, strict=True):
+            assert torch.equal(e, g)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("training", [True, False])
+def test_backward_accumulates_and_works_in_eval(mode: str, training: bool) -> None:
+    grads = []
+    for make in (ours, theirs):
+        m = make(small(mode), F64).train(training)
+        torch.manual_seed(4)
+        for _ in range(2):
+            m(torch.randn(4, 3, 5, dtype=F64))[0].sum().backward()
+        grads.append([p.grad for p in m.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def frozen_sets() -> dict[str, Any]:
+    return {
+        "weight_ih": lambda n: "weight_ih" in n,
+        "weight_hh": lambda n: "weight_hh" in n,
+        "weight_hr": lambda n: "weight_hr" in n,
+        "bias_ih": lambda n: "bias_ih" in n,
+        "bias_hh": lambda n: "bias_hh" in n,
+        "layer 0": lambda n: "_l0" in n,
+        "layer 1": lambda n: "_l1" in n,
+        "reverse": lambda n: n.endswith("_reverse"),
+        "all": lambda n: True,
+    }
+
+
+@pytest.mark.parametrize("kind", frozen_sets())
+def test_frozen_weights(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gradient where none is needed, its product not run, and the other gradients the same."""
+    # Sizes for which no product but that of a weight's gradient has the shape of a weight.
+    case = small("LSTM", projected=True, hx=False, B=2)
+    d = data(case, F64)
+    full = evaluate(ours(case, F64), case, d)
+    m = ours(case, F64)
+    for n, p in m.named_parameters():
+        p.requires_grad_(not frozen_sets()[kind](n))
+    x = d.x.requires_grad_()
+    output, final = m(x)
+    with spied(monkeypatch, load(backend), "matmul") as products:
+        torch.autograd.backward([output, *final], d.cotangents)
+    assert torch.equal(x.grad, full["grad of input"])
+    for n, p in m.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(p.grad, full[f"grad of {n}"]), n
+        else:
+            assert p.grad is None, n
+    run = Counter(args[2].shape for args, _ in products)
+    matrices = [p for p in m.parameters() if p.dim() == 2]
+    needed = Counter(p.shape for p in matrices if p.requires_grad)
+    assert {shape: run[shape] for shape in {p.shape for p in matrices} if run[shape]} == needed
+
+
+@pytest.mark.parametrize("mode", CELLS)
+def test_a_frozen_layer_below_is_not_run_in_reverse(
+    mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = small(mode)
+    m = ours(case, F64)
+    for n, p in m.named_parameters():
+        p.requires_grad_("_l1" in n)
+    output, _ = m(data(case, F64).x)
+    with spied(monkeypatch, load(backend), "backward") as calls:
+        output.sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("mode", CELLS)
+def test_an_input_without_gradient(mode: str) -> None:
+    case = small(mode)
+    d = data(case, F64)
+    full = evaluate(ours(case, F64), case, d)
+    m = ours(case, F64)
+    output, final = m(d.x, d.hx[0] if len(d.hx) == 1 else d.hx)
+    torch.autograd.backward([output, *final_states(final)], d.cotangents)
+    assert d.x.grad is None
+    for n, p in m.named_parameters():
+        assert torch.equal(p.grad, full[f"grad of {n}"]), n
+
+
+@pytest.mark.parametrize("mode", CELLS)
+def test_a_gradient_of_zero(mode: str) -> None:
+    outputs, leaves = graph(small(mode), ours)
+    (outputs[0] * 0).sum().backward()
+    for leaf in leaves:
+        assert leaf.grad.eq(0).all()
+
+
+# Hooks, checkpoints, threads
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hooks_see_what_torchs_see(mode: str) -> None:
+    seen: list[list[Any]] = []
+    for make in (ours, theirs):
+        case = small(mode)
+        m = make(case, F64)
+        x = data(case, F64).x.requires_grad_()
+        log: list[Any] = []
+        seen.append(log)
+        m.register_forward_pre_hook(lambda m, args, log=log: log.append(args[0].detach()))
+        m.register_forward_hook(lambda m, args, out, log=log: log.append(out[0].detach()))
+        m.register_full_backward_hook(lambda m, gi, go, log=log: log.extend([*gi, *go]))
+        m.weight_hh_l0.register_hook(lambda g, log=log: log.append(g))
+        m.weight_hh_l1.register_post_accumulate_grad_hook(lambda p, log=log: log.append(p.grad))
+        output, _ = m(x)
+        output.register_hook(lambda g, log=log: log.append(g))
+        (output * torch.arange(output.shape[-1])).sum().backward()
+        log.append(x.grad)
+    for a, b in zip(*seen, strict=True):
+        assert (a is None) is (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hook_may_change_a_gradient(mode: str) -> None:
+    case = small(mode)
+    outputs, leaves = graph(case, ours)
+    expected = gradients(outputs, leaves)
+    outputs, leaves = graph(case, ours)
+    for t in outputs:
+        t.register_hook(lambda g: 2 * g)
+    for a, b in zip(gradients(outputs, leaves), expected, strict=True):
+        torch.testing.assert_close(a, 2 * b, rtol=1e-10, atol=1e-12)
+
+
+def savers() -> dict[str, Any]:
+    return {
+        "save_on_cpu": save_on_cpu,
+        "saved_tensors_hooks": lambda: saved_tensors_hooks(lambda t: t.numpy(), torch.from_numpy),
+        "anomaly mode": lambda: torch.autograd.set_detect_anomaly(True),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+@pytest.mark.parametrize("how", savers())
+@pytest.mark.parametrize("mode", CELLS)
+def test_saved_tensors_may_be_moved(mode: str, how: str) -> None:
+    case = small(mode, layout="unsorted")
+    d = data(case, F64)
+    m = ours(case, F64)
+    expected = evaluate(m, case, d)
+    with savers()[how]():
+        assert_equal(evaluate(m, case, d), expected)
+
+
+def test_everything_saved_goes_through_the_hooks() -> None:
+    packed, unpacked = [], []
+
+    def pack(t: Tensor) -> Tensor:
+        packed.append(t)
+        return t
+
+    def unpack(t: Tensor) -> Tensor:
+        unpacked.append(t)
+        return t
+
+    m = fastrnn.LSTM(5, 6)
+    with saved_tensors_hooks(pack, unpack):
+        output, _ = m(torch.randn(4, 3, 5))
+    output.sum().backward()
+    assert len(packed) == len(unpacked) > 0
+    assert sum(t.numel() for t in packed) >= 4 * 3 * 6 * 5  # the gates and c, of every step
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_checkpoint(mode: str, reentrant: bool) -> None:
+    grads = []
+    for wrap in (False, True):
+        case = small(mode)
+        m, x = ours(case, F64), data(case, F64).x.requires_grad_()
+        m.dropout = 0.5
+        torch.manual_seed(6)
+        output, _ = checkpoint(m, x, use_reentrant=reentrant) if wrap else m(x)
+        output.square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in m.parameters())])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", CELLS)
+def test_backward_in_another_thread(mode: str) -> None:
+    """Where neither use_backend nor the grad mode of this thread holds."""
+    case = small(mode)
+    expected = gradients(*graph(case, ours))
+    outputs, leaves = graph(case, ours)
+    got: list[Tensor] = []
+    thread = threading.Thread(target=lambda: got.extend(gradients(outputs, leaves)))
+    thread.start()
+    thread.join()
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", CELLS)
+def test_backward_runs_where_forward_ran(
+    mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs, leaves = graph(small(mode), ours)
+    others = [b for b in BACKENDS if b != backend and load(b).missing() is None]
+    with spied(monkeypatch, load(backend), "backward") as calls:
+        for other in others or [backend]:
+            with fastrnn.use_backend(other):
+                gradients(outputs, leaves, retain_graph=True)
+    assert len(calls) == 2 * len(others or [backend])
+
+
+# Refusals: an error, never a wrong number
+
+EDITED = ["input", "h_0", "c_0", "weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_an_edit_before_backward_is_noticed(name: str) -> None:
+    case = small("LSTM", layers=1, directions=1, projected=True)
+    d = data(case, F64)
+    m = ours(case, F64)
+    # Through an operator, so that the edit is not one of a leaf.
+    x, h, c = (t.requires_grad_() * 1 for t in (d.x, *d.hx))
+    output, _ = m(x, (h, c))
+    tensors = {"input": x, "h_0": h, "c_0": c, **dict(m.named_parameters())}
+    with torch.no_grad():
+        tensors[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_edit_of_the_output_is_noticed(mode: str) -> None:
+    outputs, leaves = graph(small(mode), ours)
+    with pytest.raises(RuntimeError, match="inplace"):  # noqa: PT012
+        outputs[0].relu_()
+        gradients(outputs, leaves)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_final_state_may_be_edited(mode: str) -> None:
+    results = []
+    for make in (ours, theirs):
+        outputs, leaves = graph(small(mode), make)
+        outputs[1].relu_()
+        results.append(gradients(outputs, leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_double_backward_is_refused(mode: str) -> None:
+    outputs, leaves = graph(small(mode), ours)
+    grads = torch.autograd.grad(outputs[0].square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"(?i)twice|double"):
+        sum(g.square().sum() for g in grads).backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_double_backward_of_a_linear_loss_is_refused(mode: str) -> None:
+    """A gradient penalty: the cotangents need no gradient, but what they are multiplied with does.
+
+    An error that only comes when the cotangents need one would leave the penalty out unsaid.
+    """
+    outputs, leaves = graph(small(mode), ours)
+    (dx,) = torch.autograd.grad(outputs[0].sum(), leaves[:1], create_graph=True)
+    penalty = dx.square().sum()
+    with pytest.raises(RuntimeError, match=r"(?i)twice|double"):
+        (outputs[0].square().sum() + penalty).backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("where", ["input", "hx", "weight"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused(mode: str, where: str, grad: bool) -> None:
+    case = small(mode, layers=1, directions=1)
+    d = data(case, F64)
+    m = ours(case, F64).requires_grad_(grad)
+    cell = getattr(fastrnn, f"{mode.split('_')[0]}Cell")(5, 6, dtype=F64).requires_grad_(grad)
+    with forward_ad.dual_level():
+        x, *hx = (
+            forward_ad.make_dual(t, torch.ones_like(t)) if name == where else t
+            for t, name in zip((d.x, *d.hx), ("input", "hx", "hx"), strict=False)
+        )
+        weights = dict(m.named_parameters())
+        if where == "weight":
+            w = weights["weight_hh_l0"]
+            weights["weight_hh_l0"] = forward_ad.make_dual(w.detach(), torch.ones_like(w))
+        step_weights = {n: weights[f"{n}_l0"] for n in dict(cell.named_parameters())}
+        for module, w, input, state in (
+            (m, weights, x, hx),
+            (cell, step_weights, x[0], [s[0] for s in hx]),
+        ):
+            with pytest.raises((RuntimeError, NotImplementedError), match=r"forward mode|jvp"):
+                functional_call(module, w, (input, tuple(state) if len(state) > 1 else state[0]))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+def test_transforms_are_refused(transform: str) -> None:
+    m = fastrnn.LSTM(3, 4)
+    x = torch.randn(2, 5, 2, 3)
+
+    def f(x: Tensor) -> Tensor:
+        return m(x)[0].sum()
+
+    run = {
+        "grad": lambda: torch.func.grad(f)(x[0]),
+        "jvp": lambda: torch.func.jvp(f, (x[0],), (x[1],)),
+        "vmap": lambda: torch.func.vmap(f)(x),
+    }
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        run[transform]()
+
+
+def test_a_choice_of_backend_is_not_part_of_the_graph() -> None:
+    """The rest of the graph may run on any other."""
+    a, b = fastrnn.GRU(3, 4, dtype=F64), fastrnn.GRU(4, 4, dtype=F64)
+    x = torch.randn(5, 2, 3, dtype=F64)
+    grads = []
+    for name in [c for c in BACKENDS if load(c).missing() is None]:
+        y, _ = a(x)
+        with fastrnn.use_backend(name):
+            assert choose(CELLS["GRU"], F64, x.device).backend == name
+            z, _ = b(y)
+        names = [n for n, _ in a.named_parameters()]
+        grads.append(dict(zip(names, torch.autograd.grad(z.sum(), a.parameters()), strict=True)))
+    for other in grads[1:]:
+        assert_near(other, grads[0], F64)

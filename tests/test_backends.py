@@ -1,0 +1,364 @@
+"""Every backend against the reference in float64, and what each promises besides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    GRID,
+    LAYERS,
+    Case,
+    Results,
+    assert_as_accurate,
+    assert_equal,
+    assert_near,
+    call,
+    data,
+    errors,
+    evaluate,
+    ours,
+    output_names,
+    runnable,
+    shaped,
+    theirs,
+)
+from torch import Tensor
+
+import fastrnn
+from fastrnn.cells import CELLS
+from fastrnn.dispatch import load
+
+pytestmark = pytest.mark.isa
+
+F32, F64 = torch.float32, torch.float64
+DTYPES = [F32, F64]
+fast = pytest.mark.parametrize("backend", runnable())
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+modes = pytest.mark.parametrize("mode", CELLS)
+
+
+def test_cpp_is_here() -> None:
+    """Else the tests below would all be left out, unnoticed."""
+    if "FASTRNN_ALLOW_NO_CPP" in os.environ:
+        pytest.skip("FASTRNN_ALLOW_NO_CPP is set")
+    assert load("cpp").missing() is None
+
+
+def test_every_cell_runs_on_cpp() -> None:
+    if "FASTRNN_ALLOW_NO_CPP" in os.environ:
+        pytest.skip("FASTRNN_ALLOW_NO_CPP is set")
+    for cell in CELLS.values():
+        for dtype in DTYPES:
+            assert load("cpp").refuses(cell, dtype, torch.device("cpu")) is None
+
+
+def test_uninitialised_memory_is_poisoned() -> None:
+    for t in (torch.empty(9), torch.empty(0).resize_(9), torch.ones(9).new_empty(3, 3)):
+        assert t.isnan().all()
+
+
+# Numbers
+
+
+def judged(case: Case, backend: str, dtype: torch.dtype) -> None:
+    refusal = load(backend).refuses(case.cell, dtype, torch.device("cpu"))
+    if refusal is not None:
+        pytest.skip(refusal)
+    d = data(case, dtype)
+    module = ours(case, dtype)
+    actual = evaluate(module, case, d, backend)
+    for name, result in actual.items():
+        assert result.dtype == dtype, name
+    assert_near(actual, evaluate(module.double(), case, d.to(F64), "reference"), dtype)
+
+
+@fast
+@dtypes
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layer(case: Case, backend: str, dtype: torch.dtype) -> None:
+    judged(case, backend, dtype)
+
+
+@pytest.mark.heavy
+@fast
+@dtypes
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_layer_grid(case: Case, backend: str, dtype: torch.dtype) -> None:
+    judged(case, backend, dtype)
+
+
+@fast
+@dtypes
+@modes
+@pytest.mark.parametrize("T", [40, 300])
+def test_a_long_sequence(mode: str, T: int, backend: str, dtype: torch.dtype) -> None:
+    judged(Case(mode, 2, 1, True, "unsorted", False, True, T, 6, 5, 19), backend, dtype)
+
+
+@fast
+@dtypes
+@modes
+def test_a_wide_layer(mode: str, backend: str, dtype: torch.dtype) -> None:
+    """Weights that outgrow a core's cache, a batch of many tiles."""
+    judged(Case(mode, 1, 1, True, "dense", False, True, 3, 41, 70, 330), backend, dtype)
+
+
+ACCURACY_SIZES = [
+    (1, 8, 64, 64),
+    (20, 13, 64, 130),
+    (100, 16, 64, 128),
+    pytest.param((500, 32, 16, 16), marks=pytest.mark.heavy),
+    pytest.param((10, 32, 256, 512), marks=pytest.mark.heavy),
+]
+
+
+@fast
+@modes
+@pytest.mark.parametrize("sizes", ACCURACY_SIZES, ids=str)
+def test_float32_is_as_accurate_as_torchs(
+    mode: str, sizes: tuple[int, int, int, int], backend: str
+) -> None:
+    """One call proves nothing: whose error is smaller is chance, so the mean of several counts."""
+    case = Case(mode, 1, 1, True, "dense", False, True, *sizes)
+    actual, baseline = [], []
+    for seed in range(4):
+        d = data(case, F32, seed)
+        m = ours(case, F32, seed)
+        torchs = theirs(case, F32, seed) if mode in LAYERS else m
+        results = [evaluate(m, case, d, backend), evaluate(torchs, case, d, "reference")]
+        judge = evaluate(m.double(), case, d.to(F64), "reference")
+        actual.append(errors(results[0], judge))
+        baseline.append(errors(results[1], judge))
+    assert_as_accurate(actual, baseline)
+
+
+@fast
+@modes
+def test_5000_steps(mode: str, backend: str) -> None:
+    case = Case(mode, 2, 1, True, "dense", False, True, 5000, 2, 3, 5)
+    d = data(case, F64)
+    m = ours(case, F64)
+    actual = evaluate(m, case, d, backend)
+    expected = evaluate(m, case, d, "reference")
+    for name, e in expected.items():  # sums over 5000 steps
+        torch.testing.assert_close(actual[name], e, rtol=1e-9, atol=1e-10 * e.abs().max().item())
+
+
+# The same call in other circumstances
+
+
+@fast
+@dtypes
+@pytest.mark.parametrize("case", CASES[::4], ids=str)
+def test_no_grad_changes_no_bit(case: Case, backend: str, dtype: torch.dtype) -> None:
+    d = data(case, dtype)
+    m = ours(case, dtype)
+    with_grad = evaluate(m, case, d, backend)
+    hx = d.hx
+    if case.layout == "unbatched" and hx is not None:
+        hx = tuple(s.squeeze(1) for s in hx)
+    with fastrnn.use_backend(backend), torch.no_grad():
+        outputs = call(m, case, shaped(case, d.x), d.lengths, hx)
+    names = output_names(case.cell)
+    without = dict(zip(names, outputs, strict=True))
+    assert_equal(without, {n: with_grad[n] for n in names})
+
+
+@fast
+@modes
+@pytest.mark.parametrize("layout", ["dense", "unsorted"])
+@pytest.mark.parametrize("sizes", [(6, 13, 7, 20), (3, 1, 300, 300), (9, 2, 4, 600)], ids=str)
+def test_threads(
+    mode: str,
+    layout: str,
+    sizes: tuple[int, int, int, int],
+    backend: str,
+    set_threads: Callable[[int], None],
+) -> None:
+    case = Case(mode, 2, 1, True, layout, False, True, *sizes)
+    d = data(case, F32)
+    m = ours(case, F32)
+    judge = evaluate(m.double(), case, d.to(F64), "reference")
+    m.float()
+    for n in (1, 2, 3, 8):
+        set_threads(n)
+        actual = evaluate(m, case, d, backend)
+        assert_near(actual, judge, F32)
+        assert_equal(evaluate(m, case, d, backend), actual)  # and no race
+
+
+@fast
+@dtypes
+@modes
+def test_every_hidden_size_and_batch(mode: str, backend: str, dtype: torch.dtype) -> None:
+    """All remainders of every tile, in both directions of time."""
+    for H in (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33):
+        for B in range(1, 14):
+            layout = "packed" if (B + H) % 2 else "dense"
+            case = Case(mode, 2, 1, True, layout, False, True, 2, B, 2, H)
+            d = data(case, dtype)
+            m = ours(case, dtype)
+            judge = evaluate(m.double(), case, d.to(F64), "reference")
+            assert_near(evaluate(m.to(dtype), case, d, backend), judge, dtype)
+
+
+@fast
+@modes
+def test_a_view_gives_what_its_copy_gives(mode: str, backend: str) -> None:
+    """Strides, offsets and addresses that no vector is aligned to."""
+    case = Case(mode, 2, 1, True, "dense", False, True, 4, 5, 7, 18)
+    d = data(case, F32)
+    m = ours(case, F32)
+    expected = evaluate(m, case, d, backend)
+
+    def shifted(t: Tensor) -> Tensor:
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t)
+
+    for p in m.parameters():
+        p.data = shifted(p.data)
+    d.x.data, d.hx[0].data = shifted(d.x), shifted(d.hx[0])
+    assert_equal(evaluate(m, case, d, backend), expected)
+
+
+# The edges of the numbers
+
+
+def outputs(m: torch.nn.Module, x: Tensor, backend: str) -> Results:
+    with fastrnn.use_backend(backend), torch.no_grad():
+        y, final = m(x)
+    final = (final,) if isinstance(final, Tensor) else final
+    return dict(zip(("output", "h_n", "c_n"), (y, *final), strict=False))
+
+
+@fast
+@dtypes
+@pytest.mark.parametrize("mode", LAYERS)
+@pytest.mark.parametrize("value", [1e4, -1e4, 3e38, float("inf"), -float("inf"), 1e-40, -1e-45])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_extreme_inputs(
+    mode: str, value: float, bidirectional: bool, backend: str, dtype: torch.dtype
+) -> None:
+    mine, torchs = (make(5, 20, bidirectional=bidirectional, dtype=dtype) for make in LAYERS[mode])
+    torchs.load_state_dict(mine.state_dict())
+    x = torch.randn(3, 13, 5, dtype=dtype)
+    x[1, 4, 2] = value
+    x[0, 9] = 0
+    x[0, 9, 0] = value
+    expected = outputs(torchs, x, backend)
+    for name, result in outputs(mine, x, backend).items():
+        torch.testing.assert_close(
+            result, expected[name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=name
+        )
+
+
+@fast
+@dtypes
+@modes
+def test_nan_stays_in_its_row(mode: str, backend: str, dtype: torch.dtype) -> None:
+    case = Case(mode, 2, 2, True, "dense", False, True, 3, 13, 5, 20)
+    d = data(case, dtype)
+    m = ours(case, dtype)
+    clean = evaluate(m, case, d, backend)
+    for row in (0, 7, 12):
+        poisoned = data(case, dtype)
+        poisoned.x[1, row, 3] = float("nan")
+        results = evaluate(m, case, poisoned, backend)
+        others = [b for b in range(13) if b != row]
+        for name in (*output_names(case.cell), "grad of input"):
+            assert torch.equal(results[name][:, others], clean[name][:, others]), name
+        assert results["output"][1, row].isnan().all()
+        for name in output_names(case.cell):
+            assert results[name][:, row].isnan().any(), name
+        assert results["grad of weight_hh_l1"].isnan().any()
+
+
+@fast
+@dtypes
+@modes
+def test_nan_in_a_weight_is_seen(mode: str, backend: str, dtype: torch.dtype) -> None:
+    for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+        case = Case(mode, 1, 1, True, "dense", False, True, 2, 3, 4, 17)
+        m = ours(case, dtype)
+        with torch.no_grad():
+            m.get_parameter(name).view(-1)[-1] = float("nan")
+        with fastrnn.use_backend("reference"):
+            expected = outputs(m, data(case, dtype).x, "reference")
+        for key, result in outputs(m, data(case, dtype).x, backend).items():
+            assert torch.equal(result.isnan(), expected[key].isnan()), (name, key)
+            assert result.isnan().any()
+
+
+@fast
+@dtypes
+@pytest.mark.parametrize("mode", LAYERS)
+def test_activations_over_the_whole_range(mode: str, backend: str, dtype: torch.dtype) -> None:
+    """One unit and no recurrence: the cell's functions themselves."""
+    eps, below = torch.finfo(dtype).eps, {F32: 1e-37, F64: 1e-303}[dtype]
+    x = torch.logspace(-42 if dtype == F32 else -310, 4, 4001, dtype=F64).to(dtype)
+    x = torch.cat([-x, x]).view(1, -1, 1)
+    m = LAYERS[mode][0](1, 1, dtype=dtype)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.fill_(1.0 if p.dim() == 2 else 0.0)
+    actual = outputs(m, x, backend)
+    for name, e in outputs(m.double(), x.double(), "reference").items():
+        # A GRU's (1 - z) loses all digits near z = 1. Of the others only what is next to the
+        # smallest number there is may be off: the engine's exp stops short of where it underflows.
+        atol = eps if mode == "GRU" else below
+        close = (actual[name].double() - e).abs() <= 4 * eps * e.abs() + atol
+        assert close.all(), (name, x[~close])
+
+
+@fast
+@modes
+def test_denormals_are_not_flushed(mode: str, backend: str) -> None:
+    case = Case(mode, 2, 1, True, "dense", False, True, 3, 40, 5, 20)
+    evaluate(ours(case, F32), case, data(case, F32), backend)
+    tiny = torch.full((100_000,), 1e-40)  # enough for torch to use all its threads
+    assert (tiny * 1.0 > 0).all()
+
+
+@fast
+def test_relu_of_denormals(backend: str) -> None:
+    m = fastrnn.RNN(1, 1, nonlinearity="relu", bias=False)
+    with torch.no_grad():
+        m.weight_ih_l0.fill_(1)
+    x = torch.tensor([1e-40, -1e-40, 1e-45, -0.0]).view(1, 4, 1)
+    assert torch.equal(outputs(m, x, backend)["output"], x.relu())
+
+
+def leaves_of(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for r in result for t in leaves_of(r)]
+
+
+@fast
+@modes
+def test_results_are_not_shared_between_calls(mode: str, backend: str) -> None:
+    case = Case(mode, 2, 2, True, "dense", False, False, 3, 4, 5, 6)
+    m = ours(case, F32)
+    with fastrnn.use_backend(backend), torch.no_grad():
+        first = m(data(case, F32, 2).x)
+        kept = [t.clone() for t in leaves_of(first)]
+        second = m(data(case, F32, 3).x)
+    for a, b, c in zip(leaves_of(first), kept, leaves_of(second), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+        assert a.data_ptr() != c.data_ptr()
+
+
+@fast
+@modes
+def test_arguments_are_left_alone(mode: str, backend: str) -> None:
+    case = Case(mode, 2, 2, True, "unsorted", False, True, 3, 4, 5, 6)
+    d = data(case, F32)
+    m = ours(case, F32)
+    tensors = [d.x, d.lengths, *d.hx, *d.cotangents, *m.parameters()]
+    before = [t.detach().clone() for t in tensors]
+    evaluate(m, case, d, backend)
+    for a, b in zip(tensors, before, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,415 @@
+"""Wrong arguments, strange views, and sizes at the limits: an error or the right result."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import LAYERS, STEPS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+
+import fastrnn
+from fastrnn.dispatch import load
+
+MODES = list(LAYERS)
+
+
+def leaves(result: Any) -> list[Tensor]:
+    if isinstance(result, PackedSequence):
+        return [result.data]
+    return [result] if isinstance(result, Tensor) else [t for r in result for t in leaves(r)]
+
+
+# Packed batches that no pack_padded_sequence makes
+
+BATCH_SIZES = {
+    "too many rows": torch.tensor([3, 2, 2]),
+    "too few rows": torch.tensor([3, 2]),
+    "increasing": torch.tensor([2, 3, 1]),
+    "zero": torch.tensor([3, 3, 0]),
+    "all zero": torch.tensor([0, 0]),
+    "negative": torch.tensor([4, 3, -1]),
+    "first negative": torch.tensor([-1, 7]),
+    "float": torch.tensor([3.0, 2.0, 1.0]),
+    "nan": torch.tensor([float("nan"), 3.0]),
+    "int32": torch.tensor([3, 2, 1], dtype=torch.int32),
+    "bool": torch.tensor([True, True]),
+    "2-D": torch.tensor([[3, 2, 1]]),
+    "0-D": torch.tensor(6),
+    "empty": torch.tensor([], dtype=torch.int64),
+    "sum that overflows": torch.tensor([2**62, 2**62, 2**62, 2**62 + 6]),
+    "huge": torch.tensor([2**62, 6]),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_SIZES)
+@pytest.mark.parametrize("with_hx", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_broken_batch_sizes(name: str, with_hx: bool, training: bool) -> None:
+    packed = PackedSequence(torch.randn(6, 3), BATCH_SIZES[name])
+    m = fastrnn.GRU(3, 4).requires_grad_(training)
+    with pytest.raises((RuntimeError, ValueError), match=r"(?i)expected"):
+        m(packed, torch.randn(1, 3, 4) if with_hx else None)
+
+
+@pytest.mark.parametrize("which", ["sorted", "unsorted"])
+@pytest.mark.parametrize("bad", [[2, 0, 9], [2, 0, -4], [2, 0]])
+def test_broken_permutations(which: str, bad: list[int]) -> None:
+    order = {"sorted": torch.tensor([2, 0, 1]), "unsorted": torch.tensor([1, 2, 0])}
+    order[which] = torch.tensor(bad)
+    packed = PackedSequence(
+        torch.randn(6, 3), torch.tensor([3, 2, 1]), order["sorted"], order["unsorted"]
+    )
+    for m in (fastrnn.GRU(3, 4), nn.GRU(3, 4)):
+        if which == "unsorted" and len(bad) == 2:
+            assert m(packed, torch.randn(1, 3, 4))[1].shape == (1, 2, 4)  # a choice of sequences
+        else:
+            with pytest.raises(RuntimeError):
+                m(packed, torch.randn(1, 3, 4))
+
+
+def test_lengths_that_torch_refuses_to_pack() -> None:
+    x = torch.randn(3, 2, 3)
+    for lengths in ([float("nan"), 1.0], [1, 0], [1, -1]):
+        with pytest.raises(RuntimeError):
+            fastrnn.GRU(3, 4)(pack_padded_sequence(x, lengths))
+
+
+def test_packed_rows_of_a_wrong_shape() -> None:
+    m = fastrnn.LSTM(3, 4)
+    for shape in ((6,), (6, 1, 3), (6, 5), (6, 0)):
+        with pytest.raises(RuntimeError, match="got"):
+            m(PackedSequence(torch.randn(shape), torch.tensor([3, 2, 1])))
+
+
+# What is no tensor, or not such a one
+
+NOT_HX: dict[str, Any] = {
+    "int": 5,
+    "str": "hc",
+    "dict": {"h": torch.zeros(1, 2, 4)},
+    "numpy": torch.zeros(1, 2, 4).numpy(),
+    "empty tuple": (),
+    "three": (torch.zeros(1, 2, 4),) * 3,
+    "of None": (None, None),
+    "of int": (torch.zeros(1, 2, 4), 5),
+    "iterator": iter([torch.zeros(1, 2, 4)] * 2),
+}
+
+
+@pytest.mark.parametrize("name", NOT_HX)
+@pytest.mark.parametrize("mode", MODES)
+def test_hx_of_a_wrong_type(mode: str, name: str) -> None:
+    x = torch.randn(5, 2, 3)
+    for table, inputs in ((LAYERS, (x, x[:, 0], pack_sequence([x[:, 0]]))), (STEPS, (x[0],))):
+        for input in inputs:
+            with pytest.raises(TypeError, match=r"expected hx to .*got|expected hx to hold"):
+                table[mode][0](3, 4)(input, NOT_HX[name])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_hx_where_another_cell_has_two(mode: str) -> None:
+    h = torch.randn(1, 2, 4)
+    wrong = h if mode == "LSTM" else (h, h)
+    with pytest.raises(TypeError, match="expected hx to be a"):
+        LAYERS[mode][0](3, 4)(torch.randn(5, 2, 3), wrong)
+    with pytest.raises(TypeError, match="expected hx to be a"):
+        STEPS[mode][0](3, 4)(torch.randn(2, 3), h[0] if mode == "LSTM" else (h[0], h[0]))
+
+
+@pytest.mark.parametrize("input", [None, 5, [torch.zeros(2, 3)], torch.zeros(5, 2, 3).numpy()])
+def test_input_of_a_wrong_type(input: Any) -> None:
+    for m in (fastrnn.GRU(3, 4), fastrnn.GRUCell(3, 4)):
+        with pytest.raises((AttributeError, TypeError)):
+            m(input)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("what", ["input", "hx", "module"])
+def test_devices_mixed(mode: str, what: str) -> None:
+    for table, x, h in (
+        (LAYERS, torch.randn(5, 2, 3), torch.randn(1, 2, 4)),
+        (STEPS, torch.randn(2, 3), torch.randn(2, 4)),
+    ):
+        m = table[mode][0](3, 4)
+        if what == "module":
+            m.to("meta")
+        elif what == "input":
+            x = x.to("meta")
+        else:
+            h = h.to("meta")
+        with pytest.raises(RuntimeError, match=r"on the input's device .*got .* on"):
+            m(x, (h, h) if mode == "LSTM" else h)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.complex64])
+@pytest.mark.parametrize("mode", MODES)
+def test_input_that_is_no_float(mode: str, dtype: torch.dtype) -> None:
+    x = torch.ones(5, 2, 3).to(dtype)
+    for table, input in ((LAYERS, x), (STEPS, x[0])):
+        for m in (make(3, 4) for make in table[mode]):
+            with pytest.raises((ValueError, RuntimeError), match="dtype"):
+                m(input)
+
+
+@pytest.mark.parametrize("layout", ["sparse", "sparse hx", "mkldnn"])
+def test_tensors_without_strides(layout: str) -> None:
+    x, h = torch.randn(5, 2, 3), torch.randn(1, 2, 4)
+    if layout == "mkldnn":
+        x = x.to_mkldnn()
+    elif layout == "sparse":
+        x = x.to_sparse()
+    else:
+        h = h.to_sparse()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        fastrnn.GRU(3, 4)(x, h)
+
+
+# Weights that the user replaced
+
+BAD_WEIGHTS: dict[str, tuple[str, Tensor]] = {
+    "features": ("weight_ih_l0", torch.randn(12, 5)),
+    "rows": ("weight_ih_l0", torch.randn(11, 3)),
+    "one gate": ("weight_ih_l0", torch.randn(4, 3)),
+    "transposed": ("weight_ih_l0", torch.randn(3, 12)),
+    "hidden size": ("weight_hh_l0", torch.randn(12, 5)),
+    "all of another hidden size": ("weight_hh_l0", torch.randn(24, 8)),
+    "no rows": ("weight_hh_l0", torch.randn(0, 4)),
+    "no columns": ("weight_hh_l0", torch.randn(12, 0)),
+    "nothing": ("weight_hh_l0", torch.randn(0, 0)),
+    "1-D": ("weight_hh_l0", torch.randn(48)),
+    "3-D": ("weight_hh_l0", torch.randn(12, 4, 1)),
+    "0-D": ("weight_hh_l0", torch.tensor(1.0)),
+    "short bias": ("bias_ih_l0", torch.randn(4)),
+    "bias of one": ("bias_hh_l0", torch.randn(1)),
+    "2-D bias": ("bias_hh_l0", torch.randn(12, 1)),
+    "float64": ("weight_hh_l0", torch.randn(12, 4).double()),
+    "float64 bias": ("bias_hh_l0", torch.randn(12).double()),
+    "int": ("weight_hh_l0", torch.ones(12, 4, dtype=torch.int64)),
+    "meta": ("weight_hh_l0", torch.randn(12, 4, device="meta")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WEIGHTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_wrong_weights(name: str, training: bool) -> None:
+    attribute, value = BAD_WEIGHTS[name]
+    x = torch.randn(5, 2, 3, requires_grad=training)
+    layer, cell = fastrnn.GRU(3, 4), fastrnn.GRUCell(3, 4)
+    for m, key, input in ((layer, attribute, x), (cell, attribute[:-3], x[0])):
+        m.requires_grad_(training)
+        setattr(m, key, nn.Parameter(value, requires_grad=False))
+        with pytest.raises((RuntimeError, ValueError), match=r"expected .*got"):
+            m(input)
+
+
+@pytest.mark.parametrize("name", ["bias_ih_l0", "bias_hh_l0", "weight_hh_l0"])
+def test_a_weight_set_to_none(name: str) -> None:
+    m = fastrnn.GRU(3, 4)
+    setattr(m, name, None)
+    with pytest.raises((RuntimeError, TypeError, AttributeError)):
+        m(torch.randn(5, 2, 3))
+
+
+# Views
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "reversed layout": lambda t: t.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    "every other": lambda t: t.repeat_interleave(2, 2)[..., ::2],
+    "offset": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t),
+    "expanded features": lambda t: t[..., :1].expand_as(t),
+    "expanded batch": lambda t: t[:, :1].expand_as(t),
+    "expanded time": lambda t: t[:1].expand_as(t),
+    "expanded all": lambda t: t[:1, :1, :1].expand_as(t),
+    "overlapping": lambda t: t.flatten().as_strided(t.shape, (2, 1, 1)),
+    "flipped": lambda t: t.flip(0),
+    "narrowed": lambda t: torch.cat([t, t, t], 2)[..., t.shape[2] : 2 * t.shape[2]],
+    "conjugate": lambda t: torch.complex(t, t).conj().real,
+    "negative bit": lambda t: torch.complex(t, -t).conj().imag,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("mode", MODES)
+def test_views(mode: str, view: str) -> None:
+    """Of the input, the state, the cotangents and the packed rows: like a copy of the same."""
+    make = VIEWS[view]
+    m = LAYERS[mode][0](3, 4)
+    x0, h0, g0 = (torch.randn(s) for s in ((6, 5, 3), (1, 5, 4), (6, 5, 4)))
+    results = []
+    for prepare in (lambda t: make(t), lambda t: make(t).clone().contiguous()):
+        base, hbase = x0.clone().requires_grad_(), h0.clone().requires_grad_()
+        x, h, g = prepare(base), prepare(hbase), prepare(g0)
+        output, final = m(x, (h, h) if mode == "LSTM" else h)
+        packed = PackedSequence(prepare(base)[:, 0], torch.tensor([3, 2, 1]))
+        rows = m(packed)[0].data
+        grads = torch.autograd.grad([output, rows], [base, hbase, *m.parameters()], [g, g[:, 0]])
+        results.append([output, *leaves(final), rows, *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_of_a_view(mode: str) -> None:
+    cell = STEPS[mode][0](3, 4)
+    x, h = torch.randn(3, 5).t(), torch.randn(1, 4).expand(5, 4)
+    result = leaves(cell(x, (h, h) if mode == "LSTM" else h))
+    copies = x.contiguous(), h.contiguous()
+    expected = leaves(cell(copies[0], copies[1:] * 2 if mode == "LSTM" else copies[1]))
+    for a, b in zip(result, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_that_is_also_the_input() -> None:
+    m = fastrnn.GRU(4, 4)
+    x = torch.randn(1, 2, 4)
+    before = x.clone()
+    output, _ = m(x, x)
+    assert torch.equal(x, before)
+    assert torch.equal(output, m(x, x.clone())[0])
+
+
+# Ours raises exactly when torch.nn does, and the same
+
+DIMS = st.sampled_from([0, 1, 2, 3, 4, 5])
+DTYPES = st.sampled_from([torch.float32] * 5 + [torch.float64, torch.int64])
+
+
+@st.composite
+def tensors(draw: st.DrawFn, usual: tuple[int, ...]) -> tuple[tuple[int, ...], torch.dtype]:
+    """The usual shape, or one with a size changed, or any at all; and a dtype."""
+    shape = list(usual)
+    how = draw(st.integers(0, 3))
+    if how == 2 and shape:
+        shape[draw(st.integers(0, len(shape) - 1))] = draw(DIMS)
+    elif how == 3:
+        shape = draw(st.lists(DIMS, max_size=4))
+    return tuple(shape), draw(DTYPES)
+
+
+def outcome(f: Callable[[], Any]) -> list[Tensor] | type[Exception]:
+    try:
+        return leaves(f())
+    except Exception as error:
+        return type(error)
+
+
+def assert_same_outcome(modules: tuple[nn.Module, nn.Module], *args: Any) -> None:
+    mine, torchs = (outcome(lambda m=m: m(*args)) for m in modules)
+    if torchs is IndexError:
+        torchs = RuntimeError  # torch's check of a 1-D hx stumbles on its way to that message
+    if isinstance(torchs, type) or isinstance(mine, type):
+        assert mine is torchs
+        return
+    for a, b in zip(mine, torchs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return (
+        torch.ones(shape, dtype=dtype) * 0.5
+        if dtype.is_floating_point
+        else torch.ones(shape).to(dtype)
+    )
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(st.data())
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_raises_when_torchs_does(mode: str, data: st.DataObject) -> None:
+    layers, directions = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    kwargs = {"num_layers": layers, "bidirectional": directions == 2}
+    kwargs |= {"batch_first": data.draw(st.booleans())}
+    modules = tuple(make_layer(3, 4, **kwargs) for make_layer in LAYERS[mode])
+    modules[0].load_state_dict(modules[1].state_dict())
+    batched = data.draw(st.booleans())
+    x = make(*data.draw(tensors((5, 2, 3) if batched else (5, 3))))
+    B = (5 if kwargs["batch_first"] else 2,) if batched else ()
+    hx = None
+    if data.draw(st.booleans()):
+        states = [
+            make(*data.draw(tensors((layers * directions, *B, 4))))
+            for _ in range(1 + (mode == "LSTM"))
+        ]
+        hx = tuple(states) if mode == "LSTM" else states[0]
+    assert_same_outcome(modules, x, hx)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.data())
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cell_raises_when_torchs_does(mode: str, data: st.DataObject) -> None:
+    modules = tuple(make_cell(3, 4) for make_cell in STEPS[mode])
+    modules[0].load_state_dict(modules[1].state_dict())
+    B = (2,) if data.draw(st.booleans()) else ()
+    x = make(*data.draw(tensors((*B, 3))))
+    hx = None
+    if data.draw(st.booleans()):
+        states = [make(*data.draw(tensors((*B, 4)))) for _ in range(1 + (mode == "LSTM"))]
+        hx = tuple(states) if mode == "LSTM" else states[0]
+    assert_same_outcome(modules, x, hx)
+
+
+# Sizes
+
+
+@pytest.mark.heavy
+def test_more_than_2_to_the_31_values_of_gates() -> None:
+    """33.6 million rows, 2 GiB of output: every byte offset in it beyond 32 bits."""
+    T, B, H = 2**15, 1025, 16
+    assert T * B * 4 * H > 2**31
+    m = fastrnn.LSTM(1, H)
+    x = torch.randn(T, B, 1)
+    with torch.no_grad():
+        output, (h, c) = m(x)
+        few = [0, 1, 512, B - 1]
+        expected, (h_few, c_few) = m(x[:, few])
+    for a, b in ((output[:, few], expected), (h[:, few], h_few), (c[:, few], c_few)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert output[-100:].isfinite().all()
+
+
+@pytest.mark.heavy
+def test_a_backward_over_more_than_2_to_the_31_bytes() -> None:
+    T, B, H = 2**12, 2049, 16
+    assert T * B * 4 * H * 4 > 2**31
+    m = fastrnn.LSTM(1, H)
+    x = torch.randn(T, B, 1, requires_grad=True)
+    m(x)[0].sum().backward()
+    few = [0, 1, 1024, B - 1]
+    expected = x.detach()[:, few].requires_grad_()
+    m(expected)[0].sum().backward()
+    torch.testing.assert_close(x.grad[:, few], expected.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2**21, 2**31])
+def test_an_input_too_large_to_exist(size: int) -> None:
+    """An expanded view takes no memory; its copy would."""
+    m = fastrnn.RNN(1, 1)
+    x = torch.zeros(1, 1, 1).expand(size, size, 1)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        m(x)
+
+
+# The extension's own functions
+
+
+def test_the_extension_survives_wrong_arguments() -> None:
+    """In a process of its own: what is looked for is a crash."""
+    if load("cpp").missing() is not None:
+        pytest.skip("no extension")
+    script = Path(__file__).with_name("fuzz_extension.py")
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 0, f"{result.returncode}: {result.stderr[-3000:]}"
+    assert "refused" in result.stdout

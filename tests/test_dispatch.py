@@ -1,0 +1,398 @@
+"""Which backend runs: asked for, chosen, explained, refused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+
+import fastrnn
+from fastrnn import dispatch, functional
+from fastrnn.backends import reference
+from fastrnn.cells import CELLS, GRU, LSTM
+from fastrnn.dispatch import BACKENDS, BackendError, choose, load
+
+CPU = torch.device("cpu")
+needs_cpp = pytest.mark.skipif(
+    load("cpp").missing() is not None and "FASTRNN_ALLOW_NO_CPP" in os.environ,
+    reason="FASTRNN_ALLOW_NO_CPP is set",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_environment", None)
+
+
+def chosen(dtype: torch.dtype = torch.float32) -> str:
+    return choose(LSTM, dtype, CPU).backend
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("FASTRNN_")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+# use_backend
+
+
+def test_every_backend_has_its_module() -> None:
+    assert BACKENDS[-1] == "reference"
+    for name in BACKENDS:
+        module = load(name)
+        assert module.__name__ == f"fastrnn.backends.{name}"
+        assert isinstance(module.describe() if module.missing() is None else "", str)
+
+
+def test_use_backend_nests_and_restores() -> None:
+    free = chosen()
+    with fastrnn.use_backend("reference"):
+        assert chosen() == "reference"
+        with fastrnn.use_backend(None):
+            assert chosen() == free
+        assert chosen() == "reference"
+        with fastrnn.use_backend("reference"):
+            assert chosen() == "reference"
+        assert chosen() == "reference"
+    assert chosen() == free
+
+
+def test_use_backend_restores_after_an_exception() -> None:
+    free = chosen()
+    with pytest.raises(KeyError), fastrnn.use_backend("reference"):
+        raise KeyError
+    assert chosen() == free
+
+
+def test_use_backend_decorates() -> None:
+    assert fastrnn.use_backend("reference")(chosen)() == "reference"
+
+
+@pytest.mark.parametrize("name", ["", "cuda", "CPP", "reference "])
+def test_unknown_backend(name: str) -> None:
+    m, x = fastrnn.LSTM(3, 4), torch.randn(5, 2, 3)
+    with pytest.raises(ValueError, match=r"expected one of .*reference"):
+        fastrnn.use_backend(name).__enter__()
+    with pytest.raises(ValueError, match=r"expected one of .*reference"):
+        choose(LSTM, torch.float32, CPU, name)
+    with pytest.raises(ValueError, match=r"expected one of .*reference"):
+        functional.rnn(LSTM, x, m._weights(), backend=name)
+    assert m(x) is not None
+
+
+def test_another_thread_is_left_alone() -> None:
+    free = chosen()
+    seen: list[str] = []
+    entered, checked = threading.Event(), threading.Event()
+
+    def other() -> None:
+        entered.wait(10)
+        seen.append(chosen())
+        checked.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with fastrnn.use_backend("reference"):
+        entered.set()
+        checked.wait(10)
+    thread.join()
+    assert seen == [free]
+
+
+def test_another_task_is_left_alone() -> None:
+    async def one(name: str | None) -> list[str]:
+        seen = []
+        with fastrnn.use_backend(name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                seen.append(chosen())
+        return seen
+
+    async def both() -> list[list[str]]:
+        return await asyncio.gather(one("reference"), one(None))
+
+    free = chosen()
+    assert asyncio.run(both()) == [["reference"] * 3, [free] * 3]
+
+
+# What beats what
+
+
+def test_the_argument_beats_the_context_beats_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_environment", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        chosen()
+    with fastrnn.use_backend("reference"):
+        choice = choose(LSTM, torch.float32, CPU)
+        assert choice.backend == "reference"
+        assert "use_backend" in choice.reason
+        with pytest.raises(ValueError, match="other"):
+            choose(LSTM, torch.float32, CPU, "other")
+    choice = choose(LSTM, torch.float32, CPU, "reference")
+    assert "argument" in choice.reason
+
+
+def test_a_change_of_choice_holds_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is remembered by cell, dtype, device and what was asked for, not by module."""
+    calls: list[str] = []
+    for name in [b for b in BACKENDS if load(b).missing() is None]:
+        original = load(name).forward
+
+        def spy(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(load(name), "forward", spy)
+    m, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    m(x)
+    with fastrnn.use_backend("reference"):
+        m(x)
+    m(x)
+    functional.rnn(GRU, x, m._weights(), backend="reference")
+    m.double()(x.double())
+    free, free64 = chosen(), choose(GRU, torch.float64, CPU).backend
+    assert calls == [free, "reference", free, "reference", free64]
+
+
+def test_environment_good() -> None:
+    code = "import torch, fastrnn; m = fastrnn.LSTM(3, 4); x = torch.randn(5, 2, 3); m(x)\n"
+    code += "print(fastrnn.explain(m, x))\n"
+    code += "with fastrnn.use_backend(None): print(fastrnn.explain(m, x))"
+    result = run_python(code, FASTRNN_BACKEND="reference")
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines():
+        assert line.startswith("reference: asked for by FASTRNN_BACKEND;"), line
+
+
+def test_environment_unknown() -> None:
+    result = run_python(
+        "import torch, fastrnn; fastrnn.LSTM(3, 4)(torch.randn(5, 2, 3))", FASTRNN_BACKEND="cuda"
+    )
+    assert result.returncode == 1
+    assert "ValueError: unknown backend 'cuda'" in result.stderr
+
+
+WITHOUT_CPP = "import sys; sys.modules['fastrnn._cpp'] = None; import torch, fastrnn\n"
+
+
+def test_environment_unrunnable() -> None:
+    """Named, so no falling back, though the extension cannot be imported."""
+    code = WITHOUT_CPP + "fastrnn.LSTM(3, 4)(torch.randn(5, 2, 3))"
+    result = run_python(code, FASTRNN_BACKEND="cpp")
+    assert result.returncode == 1
+    assert "BackendError" in result.stderr
+    assert "fastrnn._cpp could not be imported" in result.stderr
+
+
+def test_without_the_extension_the_reference_runs() -> None:
+    code = WITHOUT_CPP + "m, x = fastrnn.LSTM(3, 4), torch.randn(5, 2, 3)\n"
+    code += "m(x)[0].sum().backward(); print(fastrnn.explain(m, x))"
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("reference: automatic choice")
+    assert "not cpp: the extension fastrnn._cpp could not be imported" in result.stdout
+
+
+def test_an_import_loads_no_other_package() -> None:
+    code = "import torch, sys; before = set(sys.modules); import fastrnn\n"
+    code += "print(*{n.split('.')[0] for n in set(sys.modules) - before})"
+    loaded = set(run_python(code).stdout.split())
+    assert "fastrnn" in loaded
+    assert not loaded & {"numpy", "numba", "triton", "pybind11"}
+
+
+# Refusals
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_explicit_choice_never_falls_back(dtype: torch.dtype) -> None:
+    m = fastrnn.LSTM(3, 4, dtype=dtype)
+    cell = fastrnn.LSTMCell(3, 4, dtype=dtype)
+    x = torch.randn(5, 2, 3, dtype=dtype)
+    with fastrnn.use_backend("cpp"):
+        for module, input in ((m, x), (cell, x[0])):
+            for f in (module, lambda input, module=module: fastrnn.explain(module, input)):
+                with pytest.raises(BackendError, match=f"'cpp'.*got {dtype}"):
+                    f(input)
+    m(x)
+
+
+@needs_cpp
+def test_an_explicit_choice_on_another_device() -> None:
+    m = fastrnn.GRU(3, 4, device="meta")
+    with (
+        fastrnn.use_backend("cpp"),
+        pytest.raises(BackendError, match="expected tensors on the CPU, got meta"),
+    ):
+        m(torch.randn(5, 2, 3, device="meta"))
+
+
+def fake(**changes: Any) -> SimpleNamespace:
+    names = ("missing", "refuses", "describe", "forward", "backward")
+    return SimpleNamespace(**{n: getattr(reference, n) for n in names} | changes)
+
+
+def test_a_backend_that_misses_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = fake(missing=lambda: "a Flux capacitor")
+    monkeypatch.setattr(dispatch, "BACKENDS", ("flux", "reference"))
+    monkeypatch.setattr(dispatch, "load", lambda n: absent if n == "flux" else reference)
+    with pytest.raises(BackendError, match=r"'flux'.*a Flux capacitor"):
+        fastrnn.use_backend("flux").__enter__()
+    with pytest.raises(BackendError, match=r"'flux'.*a Flux capacitor"):
+        choose(LSTM, torch.float32, CPU, "flux")
+    choice = choose(LSTM, torch.float32, CPU)
+    assert choice.backend == "reference"
+    assert choice.rejected == {"flux": "a Flux capacitor"}
+    assert str(choice).splitlines()[1] == "  not flux: a Flux capacitor"
+
+
+def test_a_backend_error_is_a_runtime_error() -> None:
+    assert issubclass(fastrnn.BackendError, RuntimeError)
+
+
+# explain
+
+
+@needs_cpp
+@pytest.mark.parametrize("mode", CELLS)
+def test_explain_a_layer(mode: str) -> None:
+    m = fastrnn.RNNBase(mode, 3, 4)
+    choice = fastrnn.explain(m, torch.randn(5, 2, 3))
+    assert choice.backend == "cpp"
+    assert choice.reason.startswith("automatic choice; fused C++")
+    assert choice.rejected == {}
+    assert str(choice) == f"cpp: {choice.reason}"
+
+
+@needs_cpp
+def test_explain_a_cell_packed_input_and_another_dtype() -> None:
+    x = torch.randn(5, 2, 3)
+    assert fastrnn.explain(fastrnn.GRUCell(3, 4), x[0]).backend == "cpp"
+    assert fastrnn.explain(fastrnn.GRU(3, 4), pack_sequence([x[:, 0]])).backend == "cpp"
+    choice = fastrnn.explain(fastrnn.GRU(3, 4).bfloat16(), x.bfloat16())
+    assert choice.backend == "reference"
+    assert choice.rejected["cpp"] == "expected torch.float32 or torch.float64, got torch.bfloat16"
+    assert "not cpp: expected torch.float32" in str(choice)
+
+
+def test_explain_says_who_asked() -> None:
+    m, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    with fastrnn.use_backend("reference"):
+        assert str(fastrnn.explain(m, x)).startswith("reference: asked for by use_backend;")
+
+
+@pytest.mark.parametrize("module", [torch.nn.LSTM(3, 4), torch.nn.GRUCell(3, 4), "LSTM", None])
+def test_explain_knows_its_own_modules_only(module: Any) -> None:
+    with pytest.raises(TypeError, match="of fastrnn"):
+        fastrnn.explain(module, torch.randn(5, 2, 3))
+
+
+@needs_cpp
+@pytest.mark.isa
+def test_cpp_uses_no_more_than_torch_may() -> None:
+    """ATEN_CPU_CAPABILITY holds for the engine too."""
+    cpp: Any = load("cpp")
+    allowed = {"DEFAULT": ["generic"], "AVX2": ["avx2", "generic"]}
+    isa = cpp.isa()
+    assert isa in cpp.describe()
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert isa in allowed.get(capability, ["avx512", "avx2", "neon", "generic"])
+
+
+@needs_cpp
+def test_explain_counts_the_threads_of_now(set_threads: Any) -> None:
+    m, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    for n, text in ((1, "1 thread"), (2, "2 threads")):
+        set_threads(n)
+        reason = fastrnn.explain(m, x).reason
+        assert reason.endswith(text) or "1 thread" in reason
+
+
+# The contract that backends share
+
+
+def test_the_functions_of_a_layer_are_public() -> None:
+    m, x = fastrnn.LSTM(3, 4, num_layers=2, bidirectional=True), torch.randn(5, 2, 3)
+    output, final = m(x)
+    y, states = functional.rnn(LSTM, x, m._weights())
+    assert torch.equal(y, output)
+    for a, b in zip(states, final, strict=True):
+        assert torch.equal(a, b)
+    cell = fastrnn.LSTMCell(3, 4)
+    new = functional.step(LSTM, x[0], None, (*cell.parameters(), None))
+    for a, b in zip(cell(x[0]), new, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_imports_point_down() -> None:
+    """modules -> functional -> autograd -> dispatch -> backends -> cells: never up that chain."""
+    order = ["cells", "rows", "backends", "dispatch", "autograd", "functional", "modules"]
+    package = Path(fastrnn.__file__).parent
+    for path in [*package.glob("*.py"), *(package / "backends").glob("*.py")]:
+        if path.name == "__init__.py" and path.parent == package:
+            continue
+        own = "backends" if path.parent.name == "backends" else path.stem
+        if own not in order:
+            continue
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] == ["from"] and words[1].startswith("fastrnn."):
+                used = words[1].split(".")[1]
+                assert used not in order or order.index(used) <= order.index(own), (path, line)
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(s) for s in shapes]
+
+
+def test_functional_checks_its_own_arguments() -> None:
+    """Callers other than the modules get an error too, before a backend sees the sizes."""
+    w = (*tensors((12, 3), (12, 4), (12,), (12,)), None)
+    x = torch.randn(5, 2, 3)
+    bad: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
+        (ValueError, "3 dimensions", (x[0], [[w]]), {}),
+        (ValueError, "2 dimensions", (x, [[w]]), {"batch_sizes": torch.tensor([2])}),
+        (RuntimeError, "weight_ih of shape", (torch.randn(5, 2, 9), [[w]]), {}),
+        (
+            RuntimeError,
+            "3 x hidden_size rows, got 13",
+            (x, [[(w[0], torch.randn(13, 4), *w[2:])]]),
+            {},
+        ),
+        (RuntimeError, "without projection", (x, [[(w[0], torch.randn(12, 3), *w[2:])]]), {}),
+        (RuntimeError, "bias_ih of shape", (x, [[(*w[:2], torch.randn(4), *w[3:])]]), {}),
+        (RuntimeError, "both bias_ih and bias_hh", (x, [[(*w[:2], None, *w[3:])]]), {}),
+        (RuntimeError, "cannot be projected", (x, [[(*w[:4], torch.randn(4, 4))]]), {}),
+        (ValueError, "dtype", (x.double(), [[w]]), {}),
+        (ValueError, "dtype", (x, [[(w[0].double(), *w[1:])]]), {}),
+        (RuntimeError, "device", (x, [[(w[0].to("meta"), *w[1:])]]), {}),
+        (RuntimeError, "device", (x.to("meta"), [[w]]), {}),
+        (RuntimeError, "1 initial states", (x, [[w]], tensors((1, 2, 4), (1, 2, 4))), {}),
+        (RuntimeError, "initial h of shape", (x, [[w]], tensors((1, 2, 5))), {}),
+        (RuntimeError, "initial h of shape", (x, [[w]], tensors((1, 1, 4))), {}),
+        (ValueError, "dtype", (x, [[w]], [torch.randn(1, 2, 4).double()]), {}),
+        (RuntimeError, "device", (x, [[w]], [torch.randn(1, 2, 4, device="meta")]), {}),
+    ]
+    for error, text, args, kwargs in bad:
+        with pytest.raises(error, match=text):
+            functional.rnn(GRU, *args, **kwargs)

@@ -1,0 +1,237 @@
+"""What is shipped, what it links to, and which part may import which.
+
+The tests also run against an installed wheel. Those that read the source tree are skipped where
+there is none beside the tests.
+"""
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import fastrnn
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest needs it there
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "fastrnn"
+KERNELS = ROOT / "kernels"
+
+# From the top down. A part imports only itself and what stands below it; `fastrnn/__init__.py` may
+# import anything.
+LAYERS = [
+    "modules",
+    "functional",
+    "autograd",
+    "dispatch",
+    "backends",
+    "kernels",
+    "cells",
+    "rows",
+    "_cpp",
+]
+
+# What a part may import besides the standard library, where that is not torch alone.
+THIRD_PARTY = {"kernels": {"torch", "numpy", "numba", "triton"}}
+
+needs_tree = pytest.mark.skipif(
+    not (ROOT / "pyproject.toml").is_file() or not SOURCE.is_dir(),
+    reason="reads the source tree, and there is none beside the tests",
+)
+
+
+class Import(NamedTuple):
+    name: str  # absolute and dotted
+    line: int
+    relative: bool
+    lazy: bool  # inside a function, or for type checkers only
+
+
+def source_files() -> list[tuple[Path, str]]:
+    """Each Python file that is shipped, with the dotted name it has when installed."""
+    return [
+        (path, ".".join([package, *path.relative_to(root).with_suffix("").parts]))
+        for root, package in [(SOURCE, "fastrnn"), (KERNELS, "fastrnn.kernels")]
+        for path in sorted(root.rglob("*.py"))
+    ]
+
+
+def imports(path: Path, module: str) -> Iterator[Import]:
+    package = module.split(".")[:-1]
+    modules = {name.removesuffix(".__init__") for _, name in source_files()}
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, False, lazy)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*start, *filter(None, [node.module])])
+            for alias in node.names:
+                # `from fastrnn import dispatch` imports a module, `import LSTM` a name.
+                full = f"{base}.{alias.name}"
+                name = full if full in modules or full == "fastrnn._cpp" else base
+                yield Import(name, node.lineno, node.level > 0, lazy)
+        else:
+            inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                inside = True
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child, inside)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), False)
+
+
+def all_imports() -> list[tuple[str, str, Import]]:
+    """Each import in the shipped files: where it stands, the module it stands in, and itself."""
+    return [
+        (f"{path.relative_to(ROOT)}:{found.line}", module, found)
+        for path, module in source_files()
+        for found in imports(path, module)
+    ]
+
+
+@needs_tree
+def test_imports_point_down_only() -> None:
+    wrong = []
+    for place, module, found in all_imports():
+        part = module.split(".")[1]
+        top, *rest = found.name.split(".")
+        if top == "fastrnn":
+            target = rest[0] if rest else "__init__"
+            if not {part, target} <= {"__init__", *LAYERS}:
+                wrong.append(f"{place}: give {part} and {target} their places in LAYERS")
+            elif part != "__init__" and (
+                target == "__init__" or LAYERS.index(target) < LAYERS.index(part)
+            ):
+                wrong.append(f"{place}: {part} imports {found.name}, which is above it")
+        elif top not in sys.stdlib_module_names | THIRD_PARTY.get(part, {"torch"}):
+            wrong.append(f"{place}: {part} imports {top}")
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_tree
+def test_backends_are_imported_lazily() -> None:
+    """`fastrnn.backends` itself only says what a backend is."""
+    backends = re.compile(r"fastrnn\.(backends\.\w+|kernels\b.*|_cpp)")
+    wrong = [
+        f"{place}: imports {found.name} with the module"
+        for place, module, found in all_imports()
+        if backends.fullmatch(found.name)
+        and (module == "fastrnn.backends.__init__" or not backends.fullmatch(module))
+        and not found.lazy
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_tree
+def test_kernels_are_imported_under_one_name() -> None:
+    """From the root of the tree `import kernels` works too, and makes a second copy."""
+    wrong = [
+        f"{place}: imports {found.name}"
+        for place, module, found in all_imports()
+        if found.name.split(".")[0] == "kernels"
+        or (found.relative and "fastrnn.kernels" in f"{module} {found.name}")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_tree
+def test_every_package_is_listed() -> None:
+    """An editable install finds a package that the list lacks; the wheel would not have it."""
+    settings: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = {
+        module.removesuffix(".__init__")
+        for path, module in source_files()
+        if path.name == "__init__.py"
+    }
+    assert found == set(settings["tool"]["setuptools"]["packages"])
+
+
+def test_version_is_that_of_the_metadata() -> None:
+    assert fastrnn.__version__ == importlib.metadata.version("fastrnn")
+
+
+@needs_tree
+def test_version_is_that_of_the_tree() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert fastrnn.__version__ == settings["project"]["version"], "install fastrnn again"
+
+
+def test_types_are_shipped() -> None:
+    assert Path(fastrnn.__file__).with_name("py.typed").is_file()
+
+
+def test_import_costs_little_more_than_torch(tmp_path: Path) -> None:
+    script = """
+        import sys, torch
+        before = set(sys.modules)
+        import fastrnn
+        print(*set(sys.modules) - before)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    new = set(run.stdout.split())
+    slow = {"matplotlib", "numba", "numpy", "rich", "triton", "torch._dynamo", "torch._inductor"}
+    own = {"fastrnn._cpp", "fastrnn.backends.cpp", "fastrnn.kernels"}
+    assert "fastrnn" in new
+    assert not new & (slow | own)
+
+
+def extension() -> Path:
+    spec = importlib.util.find_spec("fastrnn._cpp")
+    assert spec is not None, "the extension is not built"
+    assert spec.origin is not None
+    return Path(spec.origin)
+
+
+def test_extension_lies_in_the_package() -> None:
+    path = extension()
+    assert path.parent == Path(fastrnn.__file__).parent
+    assert path.name.endswith(tuple(EXTENSION_SUFFIXES))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads an ELF file")
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf, of binutils")
+def test_extension_links_to_the_system_only() -> None:
+    """Not to torch, whose releases it must outlive, nor to an OpenMP runtime of its own.
+
+    libgomp under its plain name is the one that torch has loaded. Clang, in a build of one's own,
+    links to its libomp, and says where that lies.
+    """
+    run = subprocess.run(
+        ["readelf", "--dynamic", "--wide", extension()],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", run.stdout)
+    system = re.compile(
+        r"(libgomp\.so\.1|libomp\.so\S*|libstdc\+\+\.so\.6|libgcc_s\.so\.1|libc\.so\.6"
+        r"|libm\.so\.6|libpthread\.so\.0|ld-linux.*\.so\.\d)"
+    )
+    assert needed
+    assert [name for name in needed if not system.fullmatch(name)] == []
+    if not any(name.startswith("libomp") for name in needed):
+        assert "(RPATH)" not in run.stdout
+        assert "(RUNPATH)" not in run.stdout

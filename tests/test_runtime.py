@@ -1,0 +1,319 @@
+"""Threads, signals, forks and cores: what the engine must not do to the process it runs in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from cases import LAYERS, Case, assert_equal, assert_near, data, evaluate, ours, runnable
+
+import fastrnn
+from fastrnn.cells import CELLS
+from fastrnn.dispatch import load
+
+fast = pytest.mark.parametrize("backend", runnable())
+MODES = list(LAYERS)
+
+
+def run_python(code: str, timeout: int = 100) -> str:
+    """Output of a process; a hang fails."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert result.returncode == 0, f"{result.returncode}: {result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+# The interpreter lock
+
+
+@fast
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_other_threads_run_during_a_long_call(
+    backend: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main thread counts while another is inside the engine, and nowhere else."""
+    inside = threading.Event()
+    original = getattr(load(backend), direction)
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        inside.set()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            inside.clear()
+
+    monkeypatch.setattr(load(backend), direction, spy)
+    m, x = fastrnn.LSTM(64, 256), torch.randn(600, 16, 64)
+
+    def work() -> None:
+        with fastrnn.use_backend(backend):
+            output, _ = m(x)
+        output.sum().backward()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    seen = 0
+    while worker.is_alive():
+        seen += inside.is_set()
+        time.sleep(0.001)  # lets go of the lock, and must get it back
+    worker.join()
+    assert seen >= 10
+
+
+@fast
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layers_in_several_threads_at_once(
+    backend: str, threads: int, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(threads)
+    shared = fastrnn.LSTM(30, 40, num_layers=2, bidirectional=True)
+    modes = [*MODES, "shared"] * 3
+
+    def work(k: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        torch.set_num_threads(threads)
+        mode = modes[k]
+        m = shared if mode == "shared" else LAYERS[mode][0](30, 40)
+        if mode != "shared":
+            with torch.no_grad():
+                for p in m.parameters():
+                    p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view_as(p))
+        g = torch.Generator().manual_seed(k)
+        x = torch.randn(50, 40, 30, generator=g, requires_grad=True)
+        results = []
+        for _ in range(3):
+            with fastrnn.use_backend(backend):
+                output, _ = m(x)
+            results.append(torch.autograd.grad(output.square().sum(), [x, *m.parameters()]))
+        return [output, *results[0]], [output, *results[-1]]
+
+    expected = [work(k)[0] for k in range(len(modes))]
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(work, range(len(modes))))
+    for e, (first, last) in zip(expected, got, strict=True):
+        for a, b, c in zip(e, first, last, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+            assert torch.equal(b, c)
+
+
+# The number of threads
+
+
+@fast
+@pytest.mark.isa
+@pytest.mark.parametrize("mode", CELLS)
+def test_set_num_threads_is_obeyed(
+    mode: str, backend: str, set_threads: Callable[[int], None]
+) -> None:
+    case = Case(mode, 2, 2, True, "unsorted", False, True, T=12, B=20, I=30, H=70)
+    d, m = data(case, torch.float32), ours(case, torch.float32)
+    results = []
+    for n in (1, 2, 1):
+        set_threads(n)
+        results.append(evaluate(m, case, d, backend))
+        assert torch.get_num_threads() == n
+    assert_near(results[1], results[0], torch.float32)
+    assert_equal(results[2], results[0])
+
+
+COUNT_THREADS = """
+import os, torch, fastrnn
+def threads():
+    return len(os.listdir("/proc/self/task"))
+torch.set_num_threads({n})
+m, x = fastrnn.LSTM(64, 128, bidirectional=True), torch.randn(50, 32, 64)
+before = threads()
+for _ in range(3):
+    with torch.no_grad(), fastrnn.use_backend("{backend}"):
+        m(x)
+print(threads() - before)
+"""
+
+
+@fast
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+@pytest.mark.parametrize("n", [1, 2])
+def test_no_more_threads_are_started_than_torch_may_use(n: int, backend: str) -> None:
+    assert int(run_python(COUNT_THREADS.format(n=n, backend=backend))) <= n - 1
+
+
+# Signals
+
+INTERRUPTED = """
+import torch, fastrnn
+torch.set_num_threads(1)
+m = fastrnn.LSTM(256, 256, num_layers=400)
+x = torch.randn(100, 16, 256)
+with torch.set_grad_enabled({training}), fastrnn.use_backend("{backend}"):
+    m(x[:1])
+    print("ready", flush=True)
+    try:
+        {statement}
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    else:
+        print("finished", flush=True)
+"""
+
+
+@fast
+@pytest.mark.parametrize("training", [False, True])
+def test_ctrl_c_ends_a_forward_of_many_layers(backend: str, training: bool) -> None:
+    code = INTERRUPTED.format(training=training, backend=backend, statement="m(x)")
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)  # into the forward pass, which takes many times as long
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert output == "interrupted\n"
+    assert process.returncode == 0
+
+
+# Forks
+
+
+FORKED = """
+import multiprocessing, sys, torch, fastrnn
+torch.set_num_threads(2)
+m = fastrnn.{cls}(32, 64, num_layers=2, bidirectional=True)
+x = torch.randn(40, 32, 32)
+def work(queue):
+    {prepare}
+    torch.manual_seed(0)
+    with fastrnn.use_backend("{backend}"):
+        with torch.no_grad():
+            output = m(x)[0]
+        queue.put(output.double().sum().item())
+def run():
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    children = [context.Process(target=work, args=(queue,)) for _ in range(2)]
+    for child in children:
+        child.start()
+    return [queue.get(timeout=60) for _ in children]
+with torch.no_grad(), fastrnn.use_backend("{backend}"):
+    expected = m(x)[0].double().sum().item()  # all threads of the pool have run
+for value in run():
+    assert abs(value - expected) < 1e-2, (value, expected)
+with torch.no_grad(), fastrnn.use_backend("{backend}"):
+    assert m(x)[0].double().sum().item() == expected  # and the parent's still do
+print("done")
+"""
+
+
+@fast
+@pytest.mark.parametrize(
+    "prepare", ["pass", "torch.set_num_threads(1)", "torch.set_num_threads(2)"]
+)
+@pytest.mark.parametrize("cls", ["LSTM", "GRU"])
+def test_a_forked_child_runs_layers(backend: str, cls: str, prepare: str) -> None:
+    assert run_python(FORKED.format(cls=cls, prepare=prepare, backend=backend)) == "done\n"
+
+
+LOADER = """
+import torch, fastrnn
+from torch.utils.data import DataLoader, Dataset
+m = fastrnn.GRU(8, 64)
+with torch.no_grad():
+    expected = m(torch.ones(50, 32, 8))[0]
+class Items(Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, k):
+        with torch.no_grad():
+            return m(torch.ones(50, 32, 8))[0]
+for batch in DataLoader(Items(), num_workers=2, batch_size=None, multiprocessing_context="fork"):
+    torch.testing.assert_close(batch, expected)
+print("done")
+"""
+
+
+def test_a_data_loader_runs_layers_in_its_workers() -> None:
+    assert run_python(LOADER) == "done\n"
+
+
+# Cores
+
+PINNED = """
+import os, torch, fastrnn
+{first}
+os.sched_setaffinity(0, {{sorted(os.sched_getaffinity(0))[0]}})
+torch.set_num_threads(2)
+for sizes, batch in (((64, 64), 32), ((300, 512), 1), ((16, 1024), 2)):
+    for cls in (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN):
+        m = cls(*sizes, bidirectional=batch > 1)
+        x = torch.randn(30, batch, sizes[0])
+        with fastrnn.use_backend("{backend}"):
+            output, _ = m(x)
+            output.sum().backward()
+print("done")
+"""
+
+
+@fast
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
+@pytest.mark.parametrize("first", ["", "fastrnn.LSTM(64, 64)(torch.randn(30, 32, 64))"])
+def test_two_threads_on_one_core_do_not_hang(backend: str, first: str) -> None:
+    assert run_python(PINNED.format(first=first, backend=backend)) == "done\n"
+
+
+def test_many_threads_on_few_cores(set_threads: Callable[[int], None]) -> None:
+    """Threads that share the hidden units meet at a barrier in every step."""
+    set_threads(4 * (os.cpu_count() or 1))
+    m = fastrnn.LSTM(16, 700)
+    with torch.no_grad():
+        m(torch.randn(20, 1, 16))
+
+
+# Leftovers
+
+
+@fast
+@pytest.mark.skipif(not os.path.isfile("/proc/self/statm"), reason="needs /proc")
+def test_memory_does_not_grow(backend: str) -> None:
+    code = f"""
+import resource, torch, fastrnn
+torch.set_num_threads(2)
+m = fastrnn.LSTM(32, 64, num_layers=2)
+x = torch.randn(60, 32, 32)
+def pages():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def step():
+    with fastrnn.use_backend("{backend}"):
+        output, _ = m(x)
+    output.sum().backward()
+    m.zero_grad()
+for _ in range(5):
+    step()
+before = pages()
+for _ in range(30):
+    step()
+print(pages() - before)
+"""
+    # One step keeps 10 MB for its backward: 30 that were never given back would be 300.
+    assert int(run_python(code)) < 50e6
+
+
+@fast
+def test_exceptions_leave_the_engine_usable(backend: str) -> None:
+    case = Case("LSTM", 2, 1, True, "dense", False, True, T=3, B=4, I=5, H=6)
+    d, m = data(case, torch.float32), ours(case, torch.float32)
+    expected = evaluate(m, case, d, backend)
+    cpp: Any = load(backend)
+    for _ in range(50):
+        with pytest.raises((RuntimeError, ValueError)):
+            cpp.forward(
+                case.cell, d.x[0], m._weights()[0], None, torch.tensor([2, 9]), 4, save=True
+            )
+    assert_equal(evaluate(m, case, d, backend), expected)
