@@ -3,9 +3,9 @@
     python bench/paired.py [--cell LSTM] [--pass training] [--threads 2] [--seconds 1.0]
 
 Machines drift by more than the differences of interest, so the two libraries take turns: a sample
-of one, then a sample of the other, and the ratio is the median of the ratios of neighbours. Training
-is one forward and one full backward pass (input, weights, biases, initial state). Outputs and
-gradients are compared before anything is timed.
+of one, then a sample of the other, and the ratio is the median of the ratios of neighbours.
+Training is one forward and one full backward pass (input, weights, biases, initial state). Outputs
+and gradients are compared before anything is timed.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ Slots
 -----
 A layer computes two products a step, ``gx = W_ih x + b_ih`` and ``gh = W_hh h + b_hh``, each with
 one row of H values per *gate*. The leading ``shared`` gates are only ever used as ``gx + gh``; of
-the others the cell wants both parts (the GRU multiplies ``gh_n`` by ``r``). What a cell is given are
-*slots*: first the shared gates, each as the sum; then the x parts of the other gates; then their h
-parts. That is ``slots = 2 * gates - shared`` values per unit, and the cell's reverse returns the
-gradient of the loss with respect to exactly these values: the gradient of ``gx`` is then slots
-``[0, gates)``, that of ``gh`` slots ``[0, shared)`` and ``[gates, slots)``.
+the others the cell wants both parts (the GRU multiplies ``gh_n`` by ``r``). What a cell is given
+are *slots*: first the shared gates, each as the sum; then the x parts of the other gates; then
+their h parts. That is ``slots = 2 * gates - shared`` values per unit, and the cell's reverse
+returns the gradient of the loss with respect to exactly these values: the gradient of ``gx`` is
+then slots ``[0, gates)``, that of ``gh`` slots ``[0, shared)`` and ``[gates, slots)``.
 
 Notation: ``s`` is the state before the step and ``y`` the state after it (``s[0]`` and ``y[0]`` are
 h), ``v`` what the forward pass keeps for the reverse, a leading ``d`` a gradient. A driver keeps
