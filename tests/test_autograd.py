@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, Case, assert_equal, assert_near, data, evaluate, ours, theirs
+from cases import LAYERS, Case, assert_equal, assert_near, call, data, evaluate, ours, theirs
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -132,8 +132,7 @@ def graph(case: Case, make: Any, seed: int = 2) -> tuple[list[Tensor], list[Tens
     d = data(case, F64, seed)
     m = make(case, F64)
     x, hx = d.x.requires_grad_(), [s.requires_grad_() for s in d.hx]
-    output, final = m(x, hx[0] if len(hx) == 1 else tuple(hx))
-    return [output, *final_states(final)], [x, *hx, *m.parameters()]
+    return list(call(m, case, x, d.lengths, hx)), [x, *hx, *m.parameters()]
 
 
 @pytest.mark.parametrize(
@@ -149,10 +148,15 @@ def test_gradient_through_one_output_only(mode: str, which: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+# Memory that the engine keeps for reuse is used for the large ones only.
+sizes = pytest.mark.parametrize("sizes", [{}, {"T": 40, "B": 16, "H": 90}], ids=["small", "large"])
+
+
+@sizes
 @pytest.mark.parametrize("mode", CELLS)
 @pytest.mark.parametrize("layout", ["dense", "unsorted"])
-def test_retain_graph(mode: str, layout: str) -> None:
-    outputs, leaves = graph(small(mode), ours)
+def test_retain_graph(mode: str, layout: str, sizes: dict[str, int]) -> None:
+    outputs, leaves = graph(small(mode, layout=layout, **sizes), ours)
     first = gradients(outputs, leaves, retain_graph=True)
     second = gradients(outputs, leaves, retain_graph=True)
     for a, b in zip(first, second, strict=True):
@@ -162,9 +166,10 @@ def test_retain_graph(mode: str, layout: str) -> None:
         gradients(outputs, leaves)
 
 
+@sizes
 @pytest.mark.parametrize("mode", CELLS)
-def test_two_live_graphs(mode: str) -> None:
-    case = small(mode)
+def test_two_live_graphs(mode: str, sizes: dict[str, int]) -> None:
+    case = small(mode, **sizes)
     alone = [gradients(*graph(case, ours, seed)) for seed in (2, 3)]
     a, b = graph(case, ours, 2), graph(case, ours, 3)
     got_b = gradients(*b)

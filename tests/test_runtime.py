@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -24,13 +25,22 @@ fast = pytest.mark.parametrize("backend", runnable())
 MODES = list(LAYERS)
 
 
-def run_python(code: str, timeout: int = 100) -> str:
-    """Output of a process; a hang fails."""
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, check=False
+def run_python(code: str) -> str:
+    """The last line a process writes; a hang fails, and takes its children along."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
-    assert result.returncode == 0, f"{result.returncode}: {result.stdout}\n{result.stderr}"
-    return result.stdout
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, f"{process.returncode}: {output}"
+    return output.splitlines()[-1]
 
 
 # The interpreter lock
@@ -86,7 +96,7 @@ def test_layers_in_several_threads_at_once(
         if mode != "shared":
             with torch.no_grad():
                 for p in m.parameters():
-                    p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view_as(p))
+                    p.copy_(torch.linspace(-0.1, 0.1, p.numel()).view_as(p))
         g = torch.Generator().manual_seed(k)
         x = torch.randn(50, 40, 30, generator=g, requires_grad=True)
         results = []
@@ -97,7 +107,7 @@ def test_layers_in_several_threads_at_once(
         return [output, *results[0]], [output, *results[-1]]
 
     expected = [work(k)[0] for k in range(len(modes))]
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(work, range(len(modes))))
     for e, (first, last) in zip(expected, got, strict=True):
         for a, b, c in zip(e, first, last, strict=True):
@@ -184,30 +194,26 @@ def test_ctrl_c_ends_a_forward_of_many_layers(backend: str, training: bool) -> N
 
 
 FORKED = """
-import multiprocessing, sys, torch, fastrnn
+import multiprocessing, torch, fastrnn
 torch.set_num_threads(2)
 m = fastrnn.{cls}(32, 64, num_layers=2, bidirectional=True)
 x = torch.randn(40, 32, 32)
+def some():
+    with torch.no_grad(), fastrnn.use_backend("{backend}"):
+        return m(x)[0][:, 3, 5].tolist()  # no large operator of torch's: those hang in a child
 def work(queue):
     {prepare}
-    torch.manual_seed(0)
-    with fastrnn.use_backend("{backend}"):
-        with torch.no_grad():
-            output = m(x)[0]
-        queue.put(output.double().sum().item())
-def run():
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    children = [context.Process(target=work, args=(queue,)) for _ in range(2)]
-    for child in children:
-        child.start()
-    return [queue.get(timeout=60) for _ in children]
-with torch.no_grad(), fastrnn.use_backend("{backend}"):
-    expected = m(x)[0].double().sum().item()  # all threads of the pool have run
-for value in run():
-    assert abs(value - expected) < 1e-2, (value, expected)
-with torch.no_grad(), fastrnn.use_backend("{backend}"):
-    assert m(x)[0].double().sum().item() == expected  # and the parent's still do
+    queue.put(some())
+expected = some()  # all threads of the pool have run
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+children = [context.Process(target=work, args=(queue,)) for _ in range(2)]
+for child in children:
+    child.start()
+for child in children:
+    for a, b in zip(queue.get(timeout=50), expected, strict=True):
+        assert abs(a - b) < 1e-5, (a, b)
+assert some() == expected  # and the parent's threads are still there
 print("done")
 """
 
@@ -218,7 +224,7 @@ print("done")
 )
 @pytest.mark.parametrize("cls", ["LSTM", "GRU"])
 def test_a_forked_child_runs_layers(backend: str, cls: str, prepare: str) -> None:
-    assert run_python(FORKED.format(cls=cls, prepare=prepare, backend=backend)) == "done\n"
+    assert run_python(FORKED.format(cls=cls, prepare=prepare, backend=backend)) == "done"
 
 
 LOADER = """
@@ -240,7 +246,7 @@ print("done")
 
 
 def test_a_data_loader_runs_layers_in_its_workers() -> None:
-    assert run_python(LOADER) == "done\n"
+    assert run_python(LOADER) == "done"
 
 
 # Cores
@@ -265,7 +271,7 @@ print("done")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
 @pytest.mark.parametrize("first", ["", "fastrnn.LSTM(64, 64)(torch.randn(30, 32, 64))"])
 def test_two_threads_on_one_core_do_not_hang(backend: str, first: str) -> None:
-    assert run_python(PINNED.format(first=first, backend=backend)) == "done\n"
+    assert run_python(PINNED.format(first=first, backend=backend)) == "done"
 
 
 def test_many_threads_on_few_cores(set_threads: Callable[[int], None]) -> None:
