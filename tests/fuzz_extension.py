@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import random
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,6 +135,8 @@ GUARD = 32
 
 def main() -> None:
     faulthandler.enable()
+    # A size that nobody has memory for must end in an exception, and not in the machine's.
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
     random.seed(0)
     calls = record()
     # One of each kind in full, and of the others what chance picks.
