@@ -65,7 +65,7 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(pip) --upgrade pip
 	$(pip) $(TORCH)
-	$(pip) setuptools pybind11
+	$(pip) --upgrade 'setuptools>=77' 'pybind11>=2.12'
 	@touch $@
 
 $(extension): setup.py $(filter-out csrc/selftest.cpp, $(csrc)) | $(VENV)/.torch

@@ -46,12 +46,12 @@ int64_t integer(py::handle object, PyObject* method) {
   return value;
 }
 
-bool truth(py::handle object, PyObject* name, bool is_method) {
-  const py::object value =
-      is_method ? call(object, name)
-                : py::reinterpret_steal<py::object>(PyObject_GetAttr(object.ptr(), name));
+bool truth(py::handle object, PyObject* method) { return call(object, method).ptr() == Py_True; }
+
+py::object attribute(py::handle object, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(object.ptr(), name);
   if (!value) throw py::error_already_set();
-  return value.ptr() == Py_True;
+  return py::reinterpret_steal<py::object>(value);
 }
 
 struct Methods {
@@ -62,6 +62,7 @@ struct Methods {
   PyObject* is_cpu = interned("is_cpu");
   PyObject* is_floating_point = interned("is_floating_point");
   PyObject* stride = interned("stride");
+  PyObject* dtype = interned("dtype");
 };
 
 const Methods& methods() {
@@ -69,34 +70,68 @@ const Methods& methods() {
   return all;
 }
 
-// The address of a contiguous CPU tensor of exactly `expected` elements of type T.
+// The element type that a call's tensors must have. The first tensor is asked what its type is, and
+// of the others only whether it is the same object.
 template <class T>
-T* address(py::handle tensor, const char* name, int64_t expected) {
-  const Methods& m = methods();
-  if (!truth(tensor, m.is_cpu, false)) fail(std::string(name) + ": expected a CPU tensor");
-  const int64_t size = integer(tensor, m.element_size), count = integer(tensor, m.numel);
-  if (truth(tensor, m.is_floating_point, true) != std::is_floating_point_v<T> ||
-      size != static_cast<int64_t>(sizeof(T))) {
-    fail(std::string(name) + ": expected elements of " +
-         (std::is_floating_point_v<T> ? "float" : "int") + std::to_string(8 * sizeof(T)) +
-         ", got " + std::to_string(8 * size) + " bits of another type");
+class Type {
+ public:
+  explicit Type(py::handle first, const char* name) {
+    const Methods& m = methods();
+    const int64_t size = integer(first, m.element_size);
+    if (truth(first, m.is_floating_point) != std::is_floating_point_v<T> ||
+        size != static_cast<int64_t>(sizeof(T))) {
+      fail(std::string(name) + ": expected elements of " + described() + ", got " +
+           py::str(first.attr("dtype")).cast<std::string>());
+    }
+    dtype_ = attribute(first, m.dtype);
   }
-  if (count != expected) {
-    fail(std::string(name) + ": expected " + std::to_string(expected) + " elements, got " +
-         std::to_string(count));
-  }
-  if (!truth(tensor, m.is_contiguous, true))
-    fail(std::string(name) + ": expected a contiguous tensor");
-  const int64_t at = integer(tensor, m.data_ptr);
-  if (at % static_cast<int64_t>(sizeof(T))) fail(std::string(name) + ": address is not aligned");
-  if (!at && expected) fail(std::string(name) + ": tensor has no memory");
-  return reinterpret_cast<T*>(at);
-}
 
-template <class T>
-T* optional(py::handle tensor, const char* name, int64_t expected) {
-  return tensor.is_none() ? nullptr : address<T>(tensor, name, expected);
-}
+  void check(py::handle tensor, const char* name) const {
+    const py::object dtype = attribute(tensor, methods().dtype);
+    if (!dtype.is(dtype_)) {
+      fail(std::string(name) + ": expected elements of " + described() + ", got " +
+           py::str(dtype).cast<std::string>());
+    }
+    if (attribute(tensor, methods().is_cpu).ptr() != Py_True) {
+      fail(std::string(name) + ": expected a CPU tensor");
+    }
+  }
+
+  // The address of a contiguous CPU tensor of exactly `expected` elements.
+  T* address(py::handle tensor, const char* name, int64_t expected) const {
+    const Methods& m = methods();
+    check(tensor, name);
+    const int64_t count = integer(tensor, m.numel);
+    if (count != expected) {
+      fail(std::string(name) + ": expected " + std::to_string(expected) + " elements, got " +
+           std::to_string(count));
+    }
+    if (!truth(tensor, m.is_contiguous)) {
+      fail(std::string(name) + ": expected a contiguous tensor");
+    }
+    return at(tensor, name, expected);
+  }
+
+  T* optional(py::handle tensor, const char* name, int64_t expected) const {
+    return tensor.is_none() ? nullptr : address(tensor, name, expected);
+  }
+
+  static T* at(py::handle tensor, const char* name, int64_t elements) {
+    const int64_t address = integer(tensor, methods().data_ptr);
+    if (address % static_cast<int64_t>(sizeof(T))) {
+      fail(std::string(name) + ": address is not aligned");
+    }
+    if (!address && elements) fail(std::string(name) + ": tensor has no memory");
+    return reinterpret_cast<T*>(address);
+  }
+
+ private:
+  static std::string described() {
+    return (std::is_floating_point_v<T> ? "float" : "int") + std::to_string(8 * sizeof(T));
+  }
+
+  py::object dtype_;
+};
 
 void expect_length(const py::tuple& items, size_t expected, const char* name) {
   if (items.size() != expected) {
@@ -127,7 +162,8 @@ struct Call {
   static Rows make_rows(int64_t N, int64_t B, py::handle batch_sizes) {
     if (batch_sizes.is_none()) return Rows(N, B, nullptr, 0);
     const int64_t T = integer(batch_sizes, methods().numel);
-    return Rows(N, B, address<int64_t>(batch_sizes, "batch_sizes", T), T);
+    const Type<int64_t> type(batch_sizes, "batch_sizes");
+    return Rows(N, B, type.address(batch_sizes, "batch_sizes", T), T);
   }
 
   static const CellInfo& cell_at(const Engine& engine, int cell) {
@@ -159,7 +195,7 @@ struct Call {
   }
 
   template <class T>
-  void fill(Layer<T>& a, const py::tuple& weights, py::handle state) const {
+  void fill(Layer<T>& a, const Type<T>& type, const py::tuple& weights, py::handle state) const {
     a.rows = &rows;
     a.I = I, a.H = H, a.P = P, a.D = static_cast<int>(D), a.threads = threads;
     expect_length(weights, D, "weights");
@@ -167,29 +203,31 @@ struct Call {
     for (int d = 0; d < D; ++d) {
       const auto w = py::cast<py::tuple>(weights[d]);
       expect_length(w, 5, "weights of a direction");
-      a.weights[d].ih = address<const T>(w[0], "weight_ih", product("weight_ih", gate_rows, I));
-      a.weights[d].hh = address<const T>(w[1], "weight_hh", product("weight_hh", gate_rows, P));
-      a.weights[d].bias_ih = optional<const T>(w[2], "bias_ih", gate_rows);
-      a.weights[d].bias_hh = optional<const T>(w[3], "bias_hh", gate_rows);
-      a.weights[d].hr = optional<const T>(w[4], "weight_hr", product("weight_hr", P, H));
+      a.weights[d].ih = type.address(w[0], "weight_ih", product("weight_ih", gate_rows, I));
+      a.weights[d].hh = type.address(w[1], "weight_hh", product("weight_hh", gate_rows, P));
+      a.weights[d].bias_ih = type.optional(w[2], "bias_ih", gate_rows);
+      a.weights[d].bias_hh = type.optional(w[3], "bias_hh", gate_rows);
+      a.weights[d].hr = type.optional(w[4], "weight_hr", product("weight_hr", P, H));
       if (a.weights[d].hr ? !info.projectable : P != H) {
         fail("expected P == H without weight_hr, and none for a cell that cannot be projected");
       }
       if (!a.weights[d].hr != !a.weights[0].hr)
         fail("expected weight_hr in every direction or none");
     }
-    states(a.state, state, "state", false);
+    states(a.state, type, state, "state", false);
   }
 
   // One tensor for each state of the cell; `state` may be None, and its items if `each`.
-  template <class T>
-  void states(T** into, py::handle state, const char* name, bool each) const {
+  template <class T, class Pointer>
+  void states(Pointer* into, const Type<T>& type, py::handle state, const char* name,
+              bool each) const {
     if (state.is_none()) return;
     const auto items = py::cast<py::tuple>(state);
     expect_length(items, info.states, name);
     for (int k = 0; k < info.states; ++k) {
       const int64_t expected = product(name, D, B, k ? H : P);
-      into[k] = each ? optional<T>(items[k], name, expected) : address<T>(items[k], name, expected);
+      into[k] =
+          each ? type.optional(items[k], name, expected) : type.address(items[k], name, expected);
     }
   }
 };
@@ -197,14 +235,15 @@ struct Call {
 template <class T>
 void forward_as(const Call& c, py::handle x, const py::tuple& weights, py::handle state,
                 py::handle out, py::handle final, py::handle saved) {
+  const Type<T> type(x, "x");
   Forward<T> a;
-  c.fill(a, weights, state);
-  a.x = address<const T>(x, "x", product("x", c.N, c.I));
-  a.out = address<T>(out, "out", product("out", c.N, c.D, c.P));
+  c.fill(a, type, weights, state);
+  a.x = type.address(x, "x", product("x", c.N, c.I));
+  a.out = type.address(out, "out", product("out", c.N, c.D, c.P));
   if (final.is_none()) fail("final: expected a tuple, got None");
-  c.states(a.final, final, "final", false);
+  c.states(a.final, type, final, "final", false);
   a.saved =
-      optional<T>(saved, "saved", product("saved", c.D, c.N, c.info.kept(a.projected()), c.H));
+      type.optional(saved, "saved", product("saved", c.D, c.N, c.info.kept(a.projected()), c.H));
   py::gil_scoped_release release;
   c.engine.forward(c.cell, a);
 }
@@ -213,19 +252,20 @@ template <class T>
 void backward_as(const Call& c, const py::tuple& weights, py::handle state, py::handle out,
                  py::handle saved, py::handle dout, py::handle dfinal, py::handle dpre,
                  py::handle dbias, py::handle dstate, py::handle dh) {
+  const Type<T> type(out, "out");
   Backward<T> a;
-  c.fill(a, weights, state);
+  c.fill(a, type, weights, state);
   const int64_t rows_of_h = product("out", c.N, c.D, c.P);
-  a.out = address<const T>(out, "out", rows_of_h);
+  a.out = type.address(out, "out", rows_of_h);
   a.saved =
-      address<const T>(saved, "saved", product("saved", c.D, c.N, c.info.kept(a.projected()), c.H));
-  a.dout = optional<const T>(dout, "dout", rows_of_h);
-  c.states(a.dfinal, dfinal, "dfinal", true);
-  a.dpre = address<T>(dpre, "dpre", product("dpre", c.D, c.N, c.info.slots(), c.H));
-  a.dbias = address<T>(dbias, "dbias", product("dbias", c.D, c.info.slots(), c.H));
+      type.address(saved, "saved", product("saved", c.D, c.N, c.info.kept(a.projected()), c.H));
+  a.dout = type.optional(dout, "dout", rows_of_h);
+  c.states(a.dfinal, type, dfinal, "dfinal", true);
+  a.dpre = type.address(dpre, "dpre", product("dpre", c.D, c.N, c.info.slots(), c.H));
+  a.dbias = type.address(dbias, "dbias", product("dbias", c.D, c.info.slots(), c.H));
   if (dstate.is_none()) fail("dstate: expected a tuple, got None");
-  c.states(a.dstate, dstate, "dstate", false);
-  if (a.projected()) a.dh = address<T>(dh, "dh", product("dh", c.D, c.N, c.P));
+  c.states(a.dstate, type, dstate, "dstate", false);
+  if (a.projected()) a.dh = type.address(dh, "dh", product("dh", c.D, c.N, c.P));
   py::gil_scoped_release release;
   c.engine.backward(c.cell, a);
 }
@@ -236,18 +276,12 @@ struct View {
   T* at;
   int64_t rows, columns, row, column;
 
-  View(py::handle tensor, const char* name) {
-    const Methods& m = methods();
-    if (!truth(tensor, m.is_cpu, false)) fail(std::string(name) + ": expected a CPU tensor");
-    if (integer(tensor, m.element_size) != static_cast<int64_t>(sizeof(T)) ||
-        !truth(tensor, m.is_floating_point, true)) {
-      fail(std::string(name) + ": expected elements of float" + std::to_string(8 * sizeof(T)));
-    }
+  View(const Type<T>& type, py::handle tensor, const char* name) {
+    type.check(tensor, name);
     const auto shape = pair(tensor.attr("shape"), name);
-    const auto stride = pair(call(tensor, m.stride), name);
+    const auto stride = pair(call(tensor, methods().stride), name);
     rows = shape.first, columns = shape.second, row = stride.first, column = stride.second;
-    at = reinterpret_cast<T*>(integer(tensor, m.data_ptr));
-    if (!at && rows && columns) fail(std::string(name) + ": tensor has no memory");
+    at = Type<T>::at(tensor, name, rows * columns);
   }
 
   static std::pair<int64_t, int64_t> pair(const py::object& items, const char* name) {
@@ -260,8 +294,8 @@ struct View {
 template <class T>
 void matmul_as(const Engine& engine, int threads, py::handle a_, py::handle b_, py::handle c_,
                bool add) {
-  const View<const T> a(a_, "a"), b(b_, "b");
-  const View<T> c(c_, "c");
+  const Type<T> type(a_, "a");
+  const View<T> a(type, a_, "a"), b(type, b_, "b"), c(type, c_, "c");
   if (a.columns != b.rows || a.rows != c.rows || b.columns != c.columns) {
     fail("expected [M, K] @ [K, N] into [M, N], got " + std::to_string(a.rows) + " x " +
          std::to_string(a.columns) + ", " + std::to_string(b.rows) + " x " +

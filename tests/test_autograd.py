@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, Case, assert_equal, assert_near, call, data, evaluate, ours, theirs
+from cases import LAYERS, STEPS, Case, assert_equal, assert_near, call, data, evaluate, ours, theirs
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -61,29 +61,24 @@ def spied(
 # No graph, nothing saved
 
 
-def needs_nothing() -> dict[str, Any]:
-    frozen = {"frozen": lambda m: m.requires_grad_(False)}
-    return frozen | {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+QUIET = {
+    "frozen": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
 
 
-@pytest.mark.parametrize("how", needs_nothing())
+@pytest.mark.parametrize("how", QUIET)
 @pytest.mark.parametrize("mode", CELLS)
 def test_nothing_is_saved_when_no_gradient_is_needed(
     mode: str, how: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = small(mode)
     d = data(case, torch.float32)
-    m = ours(case, torch.float32)
-    hx = d.hx if len(d.hx) > 1 else d.hx[0]
-    with spied(monkeypatch, load(backend), "forward") as calls:
-        if how == "frozen":
-            output, final = m.requires_grad_(False)(d.x, hx)
-        else:
-            with needs_nothing()[how]():
-                output, final = m(d.x, hx)
-    assert len(calls) == case.layers
-    for _, kwargs in calls:
-        assert kwargs["save"] is False
+    m = ours(case, torch.float32).requires_grad_(how != "frozen")
+    with spied(monkeypatch, load(backend), "forward") as calls, QUIET[how]():
+        output, final = m(d.x, d.hx if len(d.hx) > 1 else d.hx[0])
+    assert [kwargs["save"] for _, kwargs in calls] == [False] * case.layers
     for t in (output, *final_states(final)):
         assert not t.requires_grad
         assert t.grad_fn is None
@@ -93,7 +88,7 @@ def test_nothing_is_saved_when_no_gradient_is_needed(
 def test_a_cell_saves_nothing_when_no_gradient_is_needed(
     mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell = getattr(fastrnn, f"{mode.split('_')[0]}Cell")(3, 4).requires_grad_(False)
+    cell = STEPS[mode][0](3, 4).requires_grad_(False)
     with spied(monkeypatch, load(backend), "forward") as calls:
         new = cell(torch.randn(2, 3))
     assert [kwargs["save"] for _, kwargs in calls] == [False]
@@ -194,21 +189,20 @@ def test_backward_accumulates_and_works_in_eval(mode: str, training: bool) -> No
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def frozen_sets() -> dict[str, Any]:
-    return {
-        "weight_ih": lambda n: "weight_ih" in n,
-        "weight_hh": lambda n: "weight_hh" in n,
-        "weight_hr": lambda n: "weight_hr" in n,
-        "bias_ih": lambda n: "bias_ih" in n,
-        "bias_hh": lambda n: "bias_hh" in n,
-        "layer 0": lambda n: "_l0" in n,
-        "layer 1": lambda n: "_l1" in n,
-        "reverse": lambda n: n.endswith("_reverse"),
-        "all": lambda n: True,
-    }
+FROZEN: dict[str, Callable[[str], bool]] = {
+    "weight_ih": lambda n: "weight_ih" in n,
+    "weight_hh": lambda n: "weight_hh" in n,
+    "weight_hr": lambda n: "weight_hr" in n,
+    "bias_ih": lambda n: "bias_ih" in n,
+    "bias_hh": lambda n: "bias_hh" in n,
+    "layer 0": lambda n: "_l0" in n,
+    "layer 1": lambda n: "_l1" in n,
+    "reverse": lambda n: n.endswith("_reverse"),
+    "all": lambda n: True,
+}
 
 
-@pytest.mark.parametrize("kind", frozen_sets())
+@pytest.mark.parametrize("kind", FROZEN)
 def test_frozen_weights(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No gradient where none is needed, its product not run, and the other gradients the same."""
     # Sizes for which no product but that of a weight's gradient has the shape of a weight.
@@ -217,7 +211,7 @@ def test_frozen_weights(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
     full = evaluate(ours(case, F64), case, d)
     m = ours(case, F64)
     for n, p in m.named_parameters():
-        p.requires_grad_(not frozen_sets()[kind](n))
+        p.requires_grad_(not FROZEN[kind](n))
     x = d.x.requires_grad_()
     output, final = m(x)
     with spied(monkeypatch, load(backend), "matmul") as products:
@@ -308,23 +302,22 @@ def test_a_hook_may_change_a_gradient(mode: str) -> None:
         torch.testing.assert_close(a, 2 * b, rtol=1e-10, atol=1e-12)
 
 
-def savers() -> dict[str, Any]:
-    return {
-        "save_on_cpu": save_on_cpu,
-        "saved_tensors_hooks": lambda: saved_tensors_hooks(lambda t: t.numpy(), torch.from_numpy),
-        "anomaly mode": lambda: torch.autograd.set_detect_anomaly(True),
-    }
+SAVERS: dict[str, Callable[[], Any]] = {
+    "save_on_cpu": save_on_cpu,
+    "saved_tensors_hooks": lambda: saved_tensors_hooks(lambda t: t.numpy(), torch.from_numpy),
+    "anomaly mode": lambda: torch.autograd.set_detect_anomaly(True),
+}
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
-@pytest.mark.parametrize("how", savers())
+@pytest.mark.parametrize("how", SAVERS)
 @pytest.mark.parametrize("mode", CELLS)
 def test_saved_tensors_may_be_moved(mode: str, how: str) -> None:
     case = small(mode, layout="unsorted")
     d = data(case, F64)
     m = ours(case, F64)
     expected = evaluate(m, case, d)
-    with savers()[how]():
+    with SAVERS[how]():
         assert_equal(evaluate(m, case, d), expected)
 
 
@@ -389,6 +382,23 @@ def test_backward_runs_where_forward_ran(
             with fastrnn.use_backend(other):
                 gradients(outputs, leaves, retain_graph=True)
     assert len(calls) == 2 * len(others or [backend])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layers", [1, 2, 0])
+def test_states_may_be_detached_in_place(mode: str, layers: int) -> None:
+    """As in truncated backpropagation through time; a cell counts as no layers."""
+    if layers:
+        m, x = ours(small(mode, layers=layers), torch.float32), torch.randn(4, 3, 5)
+    else:
+        m, x = STEPS[mode][0](5, 6), torch.randn(3, 5)
+    state = None
+    for _ in range(2):
+        result = m(x, state)
+        state = result[1] if layers else result
+        for s in final_states(state):
+            s.detach_()
+            assert s.grad_fn is None
 
 
 # Refusals: an error, never a wrong number
@@ -458,7 +468,7 @@ def test_forward_mode_is_refused(mode: str, where: str, grad: bool) -> None:
     case = small(mode, layers=1, directions=1)
     d = data(case, F64)
     m = ours(case, F64).requires_grad_(grad)
-    cell = getattr(fastrnn, f"{mode.split('_')[0]}Cell")(5, 6, dtype=F64).requires_grad_(grad)
+    cell = STEPS[mode][0](5, 6, dtype=F64).requires_grad_(grad)
     with forward_ad.dual_level():
         x, *hx = (
             forward_ad.make_dual(t, torch.ones_like(t)) if name == where else t

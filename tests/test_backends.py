@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -60,6 +61,13 @@ def test_every_cell_runs_on_cpp() -> None:
 def test_uninitialised_memory_is_poisoned() -> None:
     for t in (torch.empty(9), torch.empty(0).resize_(9), torch.ones(9).new_empty(3, 3)):
         assert t.isnan().all()
+    cpp: Any = load("cpp")
+    if cpp.missing() is None:
+        for _ in range(2):  # the second time in memory that the first gave back
+            scratch = torch.frombuffer(cpp._cpp.Scratch(4000), dtype=F32)
+            assert scratch.isnan().all()
+            scratch.zero_()
+            del scratch
 
 
 # Numbers
@@ -171,16 +179,19 @@ def test_no_grad_changes_no_bit(case: Case, backend: str, dtype: torch.dtype) ->
 
 @fast
 @modes
+@pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("layout", ["dense", "unsorted"])
 @pytest.mark.parametrize("sizes", [(6, 13, 7, 20), (3, 1, 300, 300), (9, 2, 4, 600)], ids=str)
 def test_threads(
     mode: str,
+    directions: int,
     layout: str,
     sizes: tuple[int, int, int, int],
     backend: str,
     set_threads: Callable[[int], None],
 ) -> None:
-    case = Case(mode, 2, 1, True, layout, False, True, *sizes)
+    """Rows shared among threads and, where these are few, hidden units."""
+    case = Case(mode, directions, 1, True, layout, False, True, *sizes)
     d = data(case, F32)
     m = ours(case, F32)
     judge = evaluate(m.double(), case, d.to(F64), "reference")
@@ -190,6 +201,35 @@ def test_threads(
         actual = evaluate(m, case, d, backend)
         assert_near(actual, judge, F32)
         assert_equal(evaluate(m, case, d, backend), actual)  # and no race
+
+
+@fast
+@dtypes
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matmul(
+    transposed: bool,
+    add: bool,
+    backend: str,
+    dtype: torch.dtype,
+    set_threads: Callable[[int], None],
+) -> None:
+    """The products of training, into a part of a larger tensor."""
+    set_threads(2)
+    for M, N, K in product((1, 2, 5, 33, 130), (1, 3, 16, 65, 200), (0, 1, 7, 64, 700)):
+        a = torch.randn((K, M) if transposed else (M, K), dtype=dtype)
+        a = a.t() if transposed else a
+        b = torch.randn(K, N + 3, dtype=dtype)[:, 2 : N + 2]
+        whole = torch.randn(M + 2, N + 5, dtype=dtype)
+        expected = whole.double()
+        part = (slice(1, M + 1), slice(4, N + 4))
+        exact = a.double() @ b.double()
+        expected[part] = exact + add * expected[part]
+        load(backend).matmul(a, b, whole[part], add)
+        tolerance = 8 * torch.finfo(dtype).eps * (1 + K**0.5)
+        torch.testing.assert_close(
+            whole.double(), expected, rtol=tolerance, atol=tolerance, msg=str((M, N, K))
+        )
 
 
 @fast

@@ -369,30 +369,30 @@ def test_functional_checks_its_own_arguments() -> None:
     """Callers other than the modules get an error too, before a backend sees the sizes."""
     w = (*tensors((12, 3), (12, 4), (12,), (12,)), None)
     x = torch.randn(5, 2, 3)
-    bad: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
-        (ValueError, "3 dimensions", (x[0], [[w]]), {}),
-        (ValueError, "2 dimensions", (x, [[w]]), {"batch_sizes": torch.tensor([2])}),
-        (RuntimeError, "weight_ih of shape", (torch.randn(5, 2, 9), [[w]]), {}),
-        (
-            RuntimeError,
-            "3 x hidden_size rows, got 13",
-            (x, [[(w[0], torch.randn(13, 4), *w[2:])]]),
-            {},
-        ),
-        (RuntimeError, "without projection", (x, [[(w[0], torch.randn(12, 3), *w[2:])]]), {}),
-        (RuntimeError, "bias_ih of shape", (x, [[(*w[:2], torch.randn(4), *w[3:])]]), {}),
-        (RuntimeError, "both bias_ih and bias_hh", (x, [[(*w[:2], None, *w[3:])]]), {}),
-        (RuntimeError, "cannot be projected", (x, [[(*w[:4], torch.randn(4, 4))]]), {}),
-        (ValueError, "dtype", (x.double(), [[w]]), {}),
-        (ValueError, "dtype", (x, [[(w[0].double(), *w[1:])]]), {}),
-        (RuntimeError, "device", (x, [[(w[0].to("meta"), *w[1:])]]), {}),
-        (RuntimeError, "device", (x.to("meta"), [[w]]), {}),
-        (RuntimeError, "1 initial states", (x, [[w]], tensors((1, 2, 4), (1, 2, 4))), {}),
-        (RuntimeError, "initial h of shape", (x, [[w]], tensors((1, 2, 5))), {}),
-        (RuntimeError, "initial h of shape", (x, [[w]], tensors((1, 1, 4))), {}),
-        (ValueError, "dtype", (x, [[w]], [torch.randn(1, 2, 4).double()]), {}),
-        (RuntimeError, "device", (x, [[w]], [torch.randn(1, 2, 4, device="meta")]), {}),
-    ]
-    for error, text, args, kwargs in bad:
-        with pytest.raises(error, match=text):
-            functional.rnn(GRU, *args, **kwargs)
+    long, wide, meta = torch.randn(13, 4), torch.randn(12, 3), x.to("meta")
+    for text, *args in (
+        ("weight_ih of shape", torch.randn(5, 2, 9), w),
+        ("3 x hidden_size rows, got 13", x, (w[0], long, *w[2:])),
+        ("without projection", x, (w[0], wide, *w[2:])),
+        ("bias_ih of shape", x, (*w[:2], torch.randn(4), *w[3:])),
+        ("both bias_ih and bias_hh", x, (*w[:2], None, *w[3:])),
+        ("cannot be projected", x, (*w[:4], torch.randn(4, 4))),
+        ("dtype", x.double(), w),
+        ("dtype", x, (w[0].double(), *w[1:])),
+        ("device", x, (w[0].to("meta"), *w[1:])),
+        ("device", meta, w),
+        ("1 initial states", x, w, tensors((1, 2, 4), (1, 2, 4))),
+        ("initial h of shape", x, w, tensors((1, 2, 5))),
+        ("initial h of shape", x, w, tensors((1, 1, 4))),
+        ("dtype", x, w, [torch.randn(1, 2, 4).double()]),
+        ("device", x, w, [torch.randn(1, 2, 4, device="meta")]),
+    ):
+        input, weights, *hx = args
+        with pytest.raises(RuntimeError, match=text):
+            functional.rnn(GRU, input, [[weights]], *hx)
+    with pytest.raises(ValueError, match="3 dimensions"):
+        functional.rnn(GRU, x[0], [[w]])
+    with pytest.raises(ValueError, match="2 dimensions"):
+        functional.rnn(GRU, x, [[w]], batch_sizes=torch.tensor([2]))
+    with pytest.raises(ValueError, match="2 dimensions"):
+        functional.step(GRU, x, None, w)

@@ -484,39 +484,40 @@ def test_check_methods(mode: str) -> None:
 # Copies, storage, devices
 
 
-def copies() -> dict[str, Callable[[nn.Module], nn.Module]]:
-    def saved(m: nn.Module) -> nn.Module:
-        file = io.BytesIO()
-        torch.save(m, file)
-        file.seek(0)
-        return torch.load(file, weights_only=False)
-
-    def emptied(m: nn.Module) -> nn.Module:
-        state = {k: v.clone() for k, v in m.state_dict().items()}
-        m = m.to("meta").to_empty(device="cpu")
-        m.load_state_dict(state)
-        return m
-
-    return {
-        "copy": copy.copy,
-        "deepcopy": copy.deepcopy,
-        "pickle": lambda m: pickle.loads(pickle.dumps(m)),
-        "torch.save": saved,
-        "meta and back": emptied,
-        "share_memory": lambda m: m.share_memory(),
-        "double and back": lambda m: m.double().float(),
-        "eval": lambda m: m.eval(),
-    }
+def saved(m: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(m, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("how", copies())
+def emptied(m: nn.Module) -> nn.Module:
+    state = {k: v.clone() for k, v in m.state_dict().items()}
+    m = m.to("meta").to_empty(device="cpu")
+    m.load_state_dict(state)
+    return m
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": saved,
+    "meta and back": emptied,
+    "share_memory": lambda m: m.share_memory(),
+    "double and back": lambda m: m.double().float(),
+    "eval": lambda m: m.eval(),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("mode", MODES)
 def test_copies_compute_the_same(mode: str, how: str) -> None:
     x = torch.randn(5, 2, 3)
     layer, cell = layers(mode, 3, 4, num_layers=2, bidirectional=True)[0], steps(mode, 3, 4)[0]
     for m, input in ((layer, x), (cell, x[0])):
         expected = m(input)
-        other = copies()[how](m)
+        other = COPIES[how](m)
         assert_same(other(input), expected)
         assert repr(other) == repr(m)
         assert list(other.state_dict()) == list(m.state_dict())

@@ -99,6 +99,7 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         x, out, saved, *tensors = ctx.saved_tensors
         cell, batch_sizes, batch, D = ctx.cell, ctx.batch_sizes, ctx.batch, ctx.D
+        rows_x, rows_h = x.flatten(0, -2), out.flatten(0, -2)
         weights, state = _unflatten(D, tensors)
         need_x, *need = ctx.needs_input_grad[5:]
         if dout is None and all(g is None for g in dfinal):
@@ -121,14 +122,14 @@ class _Layer(torch.autograd.Function):
             if need_x:
                 if dx is None:
                     dx = _like(x)
-                matmul(dgx, w_ih, dx, d > 0)
+                matmul(dgx, w_ih, dx.view(rows_x.shape), d > 0)
             if need_w_ih:
                 dw_ih = _like(w_ih)
-                matmul(dgx.t(), x, dw_ih)
+                matmul(dgx.t(), rows_x, dw_ih)
             if need_w_hh:
                 dw_hh = _like(w_hh)
                 h0 = None if state is None else state[0][d]
-                before = _before(out[:, d * P : (d + 1) * P], h0, batch_sizes, batch, d == 1)
+                before = _before(rows_h[:, d * P : (d + 1) * P], h0, batch_sizes, batch, d == 1)
                 if not before:
                     dw_hh.zero_()
                 for k, (rows, h) in enumerate(before):

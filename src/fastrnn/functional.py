@@ -17,7 +17,7 @@ from fastrnn.backends import Backend, State, Weights
 from fastrnn.cells import Cell
 from fastrnn.dispatch import pick
 
-__all__ = ["rnn", "step"]
+__all__ = ["check_batch_sizes", "rnn", "step"]
 
 
 def rnn(
@@ -50,26 +50,26 @@ def rnn(
         The output ``[T, B, D*P]`` (packed: ``[N, D*P]``) and the final state, shaped like ``hx``.
 
     Raises:
-        ValueError: a rank or dtype is wrong, or the backend is unknown.
-        RuntimeError: sizes or devices do not fit together, or T = 0.
+        ValueError: the rank of the input or the dtype of batch_sizes is wrong, or the backend is
+            unknown.
+        RuntimeError: sizes, dtypes or devices do not fit together, or T = 0.
         fastrnn.BackendError: the backend that was asked for cannot run this.
     """
     if batch_sizes is None:
         if input.dim() != 3:
             raise ValueError(f"expected an input of 3 dimensions [T, B, I], got {input.dim()}")
-        T, batch, size = input.shape
+        T, batch, _ = input.shape
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
-        x = input.reshape(T * batch, size)
     else:
         if input.dim() != 2:
             raise ValueError(f"expected packed rows of 2 dimensions [N, I], got {input.dim()}")
-        batch = _check_batch_sizes(batch_sizes, input.shape[0])
-        x = input
+        batch = check_batch_sizes(batch_sizes, input.shape[0])
     D = len(weights[0])
     if hx is not None:
-        _check_state(cell, hx, len(weights), D, batch, weights[0][0], input)
+        _check_state(cell, hx, (len(weights) * D, batch), weights[0][0], input)
     run = pick(cell, input.dtype, input.device, backend)
+    x = input
     finals: list[State] = []
     for k, directions in enumerate(weights):
         if k and dropout:
@@ -78,7 +78,7 @@ def rnn(
         x, final = _layer(run, cell, x, directions, state, batch_sizes, batch)
         finals.append(final)
     hn = finals[0] if len(finals) == 1 else tuple(map(torch.cat, zip(*finals, strict=True)))
-    return (x.view(T, batch, x.shape[1]) if batch_sizes is None else x), hn
+    return x, hn
 
 
 def step(
@@ -104,11 +104,12 @@ def step(
     batch = input.shape[0]
     state = None
     if hx is not None:
+        _check_state(cell, hx, (batch,), weights, input)
         state = tuple(s.unsqueeze(0) for s in hx)
-        _check_state(cell, state, 1, 1, batch, weights, input)
     run = pick(cell, input.dtype, input.device, backend)
     _, final = _layer(run, cell, input, (weights,), state, None, batch)
-    return tuple(s.squeeze(0) for s in final)
+    # In place: a view could not be detached in place, as truncated backpropagation does.
+    return tuple(s.squeeze_(0) for s in final)
 
 
 def _layer(
@@ -126,41 +127,45 @@ def _layer(
 
 
 def _check_weights(cell: Cell, x: Tensor, weights: Weights, first: Weights) -> None:
+    if first[1].dim() != 2:
+        raise RuntimeError(f"{cell.mode}: expected weight_hh of 2 dimensions, got {first[1].dim()}")
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     rows, P = first[1].shape
     G = len(cell.gates)
     H, rest = divmod(rows, G)
     if rest:
         raise RuntimeError(f"{cell.mode}: expected weight_hh of {G} x hidden_size rows, got {rows}")
-    if w_hr is None and P != H:
+    _check_weight(cell, "weight_ih", w_ih, (rows, x.shape[-1]), x)
+    _check_weight(cell, "weight_hh", w_hh, (rows, P), x)
+    if w_hr is not None:
+        if not cell.projectable:
+            raise RuntimeError(
+                f"{cell.mode}: this cell cannot be projected, but weight_hr was given"
+            )
+        _check_weight(cell, "weight_hr", w_hr, (P, H), x)
+    elif P != H:
         raise RuntimeError(
             f"{cell.mode}: expected weight_hh of shape {[rows, H]} without projection, "
             f"got {[rows, P]}"
         )
-    if w_hr is not None and not cell.projectable:
-        raise RuntimeError(f"{cell.mode}: this cell cannot be projected, but weight_hr was given")
-    expected = (
-        ("weight_ih", w_ih, (rows, x.shape[1])),
-        ("weight_hh", w_hh, (rows, P)),
-        ("bias_ih", b_ih, (rows,)),
-        ("bias_hh", b_hh, (rows,)),
-        ("weight_hr", w_hr, (P, H)),
-    )
-    for name, w, shape in expected:
-        if w is None:
-            continue
-        if w.shape != shape:
-            raise RuntimeError(
-                f"{cell.mode}: expected {name} of shape {list(shape)}, got {list(w.shape)}"
-            )
-        _check_like(name, w, x)
     if (b_ih is None) != (b_hh is None):
         raise RuntimeError(f"{cell.mode}: expected both bias_ih and bias_hh or neither")
+    if b_ih is not None and b_hh is not None:
+        _check_weight(cell, "bias_ih", b_ih, (rows,), x)
+        _check_weight(cell, "bias_hh", b_hh, (rows,), x)
+
+
+def _check_weight(cell: Cell, name: str, w: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if w.shape != shape:
+        raise RuntimeError(
+            f"{cell.mode}: expected {name} of shape {list(shape)}, got {list(w.shape)}"
+        )
+    _check_like(name, w, x)
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype is not x.dtype:
-        raise ValueError(f"expected {name} of the input's dtype {x.dtype}, got {tensor.dtype}")
+        raise RuntimeError(f"expected {name} of the input's dtype {x.dtype}, got {tensor.dtype}")
     if tensor.device != x.device:
         raise RuntimeError(
             f"expected all tensors on the input's device {x.device}, got {name} on {tensor.device}"
@@ -168,7 +173,7 @@ def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def _check_state(
-    cell: Cell, hx: State, L: int, D: int, batch: int, weights: Weights, x: Tensor
+    cell: Cell, hx: State, leading: tuple[int, ...], weights: Weights, x: Tensor
 ) -> None:
     if len(hx) != len(cell.states):
         raise RuntimeError(
@@ -176,16 +181,18 @@ def _check_state(
             f"({', '.join(cell.states)}), got {len(hx)}"
         )
     rows, P = weights[1].shape
-    for k, (name, s) in enumerate(zip(cell.states, hx, strict=True)):
-        shape = (L * D, batch, rows // len(cell.gates) if k else P)
+    for k, s in enumerate(hx):
+        shape = (*leading, rows // len(cell.gates) if k else P)
         if s.shape != shape:
             raise RuntimeError(
-                f"{cell.mode}: expected initial {name} of shape {list(shape)}, got {list(s.shape)}"
+                f"{cell.mode}: expected initial {cell.states[k]} of shape {list(shape)}, "
+                f"got {list(s.shape)}"
             )
-        _check_like(f"initial {name}", s, x)
+        _check_like("initial state", s, x)
 
 
-def _check_batch_sizes(batch_sizes: Tensor, N: int) -> int:
+def check_batch_sizes(batch_sizes: Tensor, N: int) -> int:
+    """The number of sequences in a packed batch of N rows; raises as :func:`rnn`."""
     if batch_sizes.dtype is not torch.int64 or batch_sizes.device.type != "cpu":
         raise ValueError(
             "expected batch_sizes of dtype torch.int64 on the CPU, "
@@ -198,9 +205,10 @@ def _check_batch_sizes(batch_sizes: Tensor, N: int) -> int:
         )
     if (batch_sizes[1:] > batch_sizes[:-1]).any() or int(batch_sizes[-1]) <= 0:
         raise RuntimeError("expected batch_sizes that never increase and are above 0")
-    if int(batch_sizes.sum()) != N:
+    batch, total = int(batch_sizes[0]), int(batch_sizes.sum())
+    # A sum can overflow back to N; its first term then cannot be that small.
+    if total != N or batch > N:
         raise RuntimeError(
-            f"expected as many packed rows as batch_sizes add up to, {int(batch_sizes.sum())}, "
-            f"got {N}"
+            f"expected as many packed rows as batch_sizes add up to, {total}, got {N}"
         )
-    return int(batch_sizes[0])
+    return batch

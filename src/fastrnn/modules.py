@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -169,14 +170,10 @@ class RNNBase(nn.RNNBase):
 
     def _weights(self) -> list[list[Weights]]:
         """``[layer][direction]``, as :func:`fastrnn.functional.rnn` takes them."""
-        parameters = self._parameters
         D = 2 if self.bidirectional else 1
         flat: list[Weights] = []
         for names in self._all_weights:
-            # The lookup that nn.Module.__getattr__ would end in, without its cost.
-            w = [
-                getattr(self, name) if (p := parameters.get(name)) is None else p for name in names
-            ]
+            w = _lookup(self, names)
             b_ih, b_hh = w[2:4] if self.bias else (None, None)
             flat.append((w[0], w[1], b_ih, b_hh, w[-1] if self.proj_size else None))
         return [flat[k : k + D] for k in range(0, len(flat), D)]
@@ -220,7 +217,7 @@ class RNNBase(nn.RNNBase):
         state = None
         if hx is not None:
             state = self._check_rank(cell, hx, 3)
-            self._check_state(cell, state, int(batch_sizes[0]) if len(batch_sizes) else 0)
+            self._check_state(cell, state, functional.check_batch_sizes(batch_sizes, len(data)))
             state = _permute(state, sorted_indices)
         output, final = functional.rnn(
             cell,
@@ -294,6 +291,12 @@ class RNNBase(nn.RNNBase):
     def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
         state = _permute(_as_state(self._cell, hx), permutation)
         return state if len(state) > 1 else state[0]
+
+
+def _lookup(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    """Attributes by name; a parameter is found without the cost of ``nn.Module.__getattr__``."""
+    parameters = module._parameters
+    return [getattr(module, name) if (p := parameters.get(name)) is None else p for name in names]
 
 
 def _as_state(cell: Cell, hx: Any) -> State:
@@ -445,8 +448,8 @@ class RNNCellBase(nn.RNNCellBase):
     Outputs: the new state, shaped like ``hx``.
 
     Raises:
-        ValueError: rank or dtype.
-        RuntimeError: sizes.
+        ValueError: rank.
+        RuntimeError: sizes and dtypes.
     """
 
     @property
@@ -473,35 +476,26 @@ class RNNCellBase(nn.RNNCellBase):
             if not batched:
                 state = tuple(s.unsqueeze(0) if s.dim() == 1 else s for s in state)
         weights = self._weights()
-        self._check_sizes(input, state, weights[0])
+        self._check_input(input, weights[0])
         new = functional.step(cell, input, state, weights)
         if not batched:
             new = tuple(s.squeeze(0) for s in new)
         return new if len(new) > 1 else new[0]
 
     def _weights(self) -> Weights:
-        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None
+        w_ih, w_hh, b_ih, b_hh = _lookup(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        return w_ih, w_hh, b_ih, b_hh, None
 
-    def _check_sizes(self, input: Tensor, state: State | None, weight: Tensor) -> None:
+    def _check_input(self, input: Tensor, weight: Tensor) -> None:
         if input.dtype is not weight.dtype:
-            raise ValueError(
+            raise RuntimeError(
                 f"expected input of the weights' dtype {weight.dtype}, got {input.dtype}"
             )
-        B, size = input.shape
-        if size != self.input_size:
+        if input.shape[1] != self.input_size:
             raise RuntimeError(
-                f"input has inconsistent input_size: got {size}, expected {self.input_size}"
+                f"input has inconsistent input_size: got {input.shape[1]}, "
+                f"expected {self.input_size}"
             )
-        for k, s in enumerate(state or ()):
-            if s.shape != (B, self.hidden_size):
-                if s.dim() == 2 and s.shape[0] != B:
-                    raise RuntimeError(
-                        f"Input batch size {B} doesn't match hidden{k} batch size {s.shape[0]}"
-                    )
-                raise RuntimeError(
-                    f"hidden{k} has inconsistent hidden_size: got {s.shape[-1]}, "
-                    f"expected {self.hidden_size}"
-                )
 
 
 class RNNCell(RNNCellBase, nn.RNNCell):

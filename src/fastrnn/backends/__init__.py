@@ -70,7 +70,9 @@ class Backend(Protocol):
         batch: int,
         save: bool,
     ) -> tuple[Tensor, State, Tensor | None]:
-        """Run a layer: ``x [N, I]`` to ``out [N, D*P]``, the final state, and what is saved.
+        """Run a layer: ``x [*, I]`` to ``out [*, D*P]``, the final state, and what is saved.
+
+        ``*`` is ``T, B`` in a dense batch (``B`` alone for one step) and ``N`` in a packed one.
 
         ``state=None`` is a zero state. ``saved`` has the shape ``[D, N, cell.saved_slots, H]``: v,
         s[1:] before the step, and the cell's own output m if projected; None unless ``save``.

@@ -80,11 +80,12 @@ def forward(
     batch: int,
     save: bool,
 ) -> tuple[Tensor, State, Tensor | None]:
-    (N, size), D = x.shape, len(weights)
+    *leading, size = x.shape
+    N, D = math.prod(leading), len(weights)
     P = weights[0][1].shape[1]
     H = weights[0][1].shape[0] // len(cell.gates)
     projected = weights[0][4] is not None
-    out = x.new_empty(N, D * P)
+    out = x.new_empty(*leading, D * P)
     final = tuple(x.new_empty(D, batch, H if k else P) for k in range(len(cell.states)))
     saved = _workspace(x, D, N, cell.saved_slots(projected), H) if save else None
     _cpp.forward(

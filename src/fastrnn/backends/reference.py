@@ -40,6 +40,8 @@ def forward(
     batch: int,
     save: bool,
 ) -> tuple[Tensor, State, Tensor | None]:
+    *leading, _ = x.shape
+    x = x.flatten(0, -2)
     N, D, G, shared = x.shape[0], len(weights), len(cell.gates), cell.shared
     H, P = weights[0][1].shape[0] // G, weights[0][1].shape[1]
     projected = weights[0][4] is not None
@@ -64,7 +66,7 @@ def forward(
             out[rows, d] = h
             for old, new in zip(running, (h, *y[1:]), strict=True):
                 old.copy_(new)
-    return out.view(N, D * P), final, saved
+    return out.view(*leading, D * P), final, saved
 
 
 def backward(
