@@ -37,16 +37,24 @@ Rows::Rows(int64_t N_, int64_t B_, const int64_t* batch_sizes, int64_t T_) : B(B
     return;
   }
   T = T_;
+  // Before B decides how much memory to take.
+  if (T > 0 && (batch_sizes[0] != B || B > N)) {
+    throw std::invalid_argument("expected batch_sizes that start with B=" + std::to_string(B) +
+                                " and add up to N=" + std::to_string(N) + ", got " +
+                                std::to_string(batch_sizes[0]) + " at step 0");
+  }
+  if (T == 0 && (B != 0 || N != 0)) {
+    throw std::invalid_argument("expected batch_sizes of at least one step, got none");
+  }
   offsets.resize(T + 1);
   lengths.assign(B, 0);
   int64_t before = B, sum = 0;
   for (int64_t t = 0; t < T; ++t) {
     const int64_t n = batch_sizes[t];
-    if (n <= 0 || n > before || n > N - sum || (t == 0 && n != B)) {
+    if (n <= 0 || n > before || n > N - sum) {
       throw std::invalid_argument(
-          "expected batch_sizes that start with B=" + std::to_string(B) +
-          ", never increase, stay above 0 and add up to N=" + std::to_string(N) + ", got " +
-          std::to_string(n) + " at step " + std::to_string(t));
+          "expected batch_sizes that never increase, stay above 0 and add up to N=" +
+          std::to_string(N) + ", got " + std::to_string(n) + " at step " + std::to_string(t));
     }
     offsets[t] = sum;
     sum += n;

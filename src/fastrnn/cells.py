@@ -131,7 +131,7 @@ def _rnn_relu_forward(pre: Values, s: Values) -> tuple[Values, Values]:
 def _rnn_relu_backward(
     v: Values, s: Values, h: Tensor, dy: Values
 ) -> tuple[Values, Sequence[Tensor | None]]:
-    return (dy[0].where(h > 0, 0.0),), (None,)
+    return (dy[0].masked_fill(h <= 0, 0.0),), (None,)
 
 
 def _lstm_forward(pre: Values, s: Values) -> tuple[Values, Values]:

@@ -269,7 +269,7 @@ class RNNBase(nn.RNNBase):
                 name = "hidden" if len(state) == 1 else f"hidden[{k}]"
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(s.shape)}")
 
-    # The names under which torch.nn has these checks; user code overrides and calls them.
+    # The names under which torch.nn has these checks, for code that calls them.
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         expected = 2 if batch_sizes is not None else 3
