@@ -198,6 +198,30 @@ class Barrier {
 using Job = void (*)(void* context, int thread, int team, Barrier& barrier);
 void parallel(int threads, Job job, void* context);
 
+// Runs job.thread(thread, team, barrier) on such a team, with memory laid out by job.carve_shared
+// and, for each thread, by job.carve_local; job.thread_base and job.thread_bytes say where the
+// latter is.
+template <class J>
+void run_job(J& job, int threads) {
+  constexpr size_t page = 4096;
+  Carver shared, local;
+  job.carve_shared(shared);
+  job.carve_local(local);
+  const size_t start = (shared.used() + page - 1) / page * page;
+  // Not a multiple of a page: equal offsets in all threads' parts would fight for the same sets.
+  job.thread_bytes = (local.used() + page - 1) / page * page + 128;
+  Scratch scratch(start + job.thread_bytes * static_cast<size_t>(threads));
+  Carver there(scratch.data());
+  job.carve_shared(there);
+  job.thread_base = static_cast<char*>(scratch.data()) + start;
+  parallel(
+      threads,
+      [](void* context, int thread, int team, Barrier& barrier) {
+        static_cast<J*>(context)->thread(thread, team, barrier);
+      },
+      &job);
+}
+
 // Name of the threading library that was compiled in, or null.
 const char* threading();
 
