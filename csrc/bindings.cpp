@@ -302,7 +302,8 @@ void matmul_as(const Engine& engine, int threads, py::handle a_, py::handle b_, 
          std::to_string(b.columns) + " into " + std::to_string(c.rows) + " x " +
          std::to_string(c.columns));
   }
-  if ((b.column != 1 && b.columns > 1) || (c.column != 1 && c.columns > 1)) {
+  if ((b.column != 1 && b.columns > 1 && b.rows > 0) ||
+      (c.column != 1 && c.columns > 1 && c.rows > 0)) {
     fail("expected b and c with rows whose elements lie side by side");
   }
   Matmul<T> m;

@@ -80,6 +80,9 @@ constexpr double kCoreCache = 1 << 20;
 // So many rows per thread hide the time their weights take to arrive.
 constexpr int64_t kRowsThatHideWeights = 8;
 
+// The OpenMP runtime ends the process when it cannot start what it was asked for.
+constexpr int kMostThreads = 4096;
+
 bool g_forked = false;
 
 #ifdef FASTRNN_POSIX
@@ -171,6 +174,7 @@ void* allocate(size_t bytes) {
 }  // namespace
 
 Scratch::Scratch(size_t bytes) : size_(bytes) {
+  if (bytes > PTRDIFF_MAX - kHugePage) throw std::bad_alloc();
   const size_t wanted =
       bytes >= kHugePage ? round_up(bytes, kHugePage) : round_up(std::max<size_t>(bytes, 1), 4096);
   // try_lock: a child forked while another thread held the mutex must not wait for it.
@@ -264,6 +268,10 @@ const char* threading() {
 
 int set_threads(int threads) {
 #ifdef _OPENMP
+  if (threads > kMostThreads) {
+    throw std::invalid_argument("expected at most " + std::to_string(kMostThreads) +
+                                " threads, got " + std::to_string(threads));
+  }
   if (threads > 0 && omp_get_max_threads() != threads) omp_set_num_threads(threads);
   return omp_get_max_threads();
 #else

@@ -147,8 +147,12 @@ class RNNBase(nn.RNNBase):
     # parametrisations, functional_call, tied and replaced weights just work.
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+    def _flat_weights(self) -> list[Tensor | None]:
         return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: object) -> None:
+        """Take no notice: code written for torch.nn sets the list after it has set the weights."""
 
     def _init_flat_weights(self) -> None:
         pass
