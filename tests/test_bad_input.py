@@ -416,3 +416,16 @@ def test_the_extension_survives_wrong_arguments() -> None:
     )
     assert result.returncode == 0, f"{result.returncode}: {result.stderr[-3000:]}"
     assert "refused" in result.stdout
+
+
+def test_a_block_that_no_address_range_holds() -> None:
+    cpp = pytest.importorskip("fastrnn._cpp")
+    for size in (2**64 - 1, 2**63):
+        with pytest.raises(MemoryError):
+            cpp.Scratch(size)
+
+
+def test_backward_of_an_empty_batch_with_a_strided_state() -> None:
+    m = fastrnn.GRU(3, 4)
+    m(torch.zeros(5, 0, 3), torch.zeros(1, 0, 8)[..., ::2])[0].sum().backward()
+    assert all(p.grad.eq(0).all() for p in m.parameters())
