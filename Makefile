@@ -57,7 +57,7 @@ wheel: $(VENV)/.dev ## build the sdist and from it the wheel, and test that in a
 
 clean: ## remove what was built, but not the environment
 	rm -rf build dist src/*.egg-info src/fastrnn/*.so char_lm.png
-	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # torch first and alone: no other requirement can then bring a build of its own choice, such as one
 # for CUDA.

@@ -1,21 +1,15 @@
-// The Python module fastrnn._cpp. It neither links nor imports torch: a tensor is asked for what it
-// is (dtype, device, layout, size) by its own methods, and every size is checked against what the
-// engine will touch before an address is used.
-#include <pybind11/pybind11.h>
-
+// The Python module fastrnn._cpp: every size is checked against what the engine will touch before
+// an address is used.
 #include <cstdint>
-#include <stdexcept>
 #include <string>
-#include <utility>
+#include <vector>
 
 #include "engine.h"
+#include "tensor.h"
 
-namespace py = pybind11;
 using namespace fastrnn;
 
 namespace {
-
-[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
 
 // a * b * ..., or an error where that is no address range.
 template <class... Sizes>
@@ -32,105 +26,48 @@ int64_t product(const char* name, Sizes... sizes) {
   return result;
 }
 
-PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
-
-py::object call(py::handle object, PyObject* method) {
-  PyObject* result = PyObject_CallMethodNoArgs(object.ptr(), method);
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-int64_t integer(py::handle object, PyObject* method) {
-  const int64_t value = PyLong_AsLongLong(call(object, method).ptr());
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-bool truth(py::handle object, PyObject* method) { return call(object, method).ptr() == Py_True; }
-
-py::object attribute(py::handle object, PyObject* name) {
-  PyObject* value = PyObject_GetAttr(object.ptr(), name);
-  if (!value) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-struct Methods {
-  PyObject* data_ptr = interned("data_ptr");
-  PyObject* numel = interned("numel");
-  PyObject* element_size = interned("element_size");
-  PyObject* is_contiguous = interned("is_contiguous");
-  PyObject* is_cpu = interned("is_cpu");
-  PyObject* is_floating_point = interned("is_floating_point");
-  PyObject* stride = interned("stride");
-  PyObject* dtype = interned("dtype");
-};
-
-const Methods& methods() {
-  static const Methods all;
-  return all;
-}
-
-// The element type that a call's tensors must have. The first tensor is asked what its type is, and
-// of the others only whether it is the same object.
 template <class T>
-class Type {
+T* address_of(const Tensor& tensor, const char* name, int64_t expected) {
+  if (tensor.count() != expected) {
+    fail(std::string(name) + ": expected " + std::to_string(expected) + " elements, got " +
+         std::to_string(tensor.count()));
+  }
+  return tensor.data<T>();
+}
+
+// The address of a tensor that is written to: contiguous, of exactly `expected` elements.
+template <class T>
+T* writable(py::handle object, const char* name, int64_t expected) {
+  const Tensor tensor(object, name);
+  if (!tensor.contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
+  return address_of<T>(tensor, name, expected);
+}
+
+// torch may note a minus sign instead of carrying it out.
+bool negated(py::handle object) { return call(object, names().is_neg).ptr() == Py_True; }
+
+// The address of a tensor that is read, or of a contiguous copy. The copies live as long as this.
+class Readable {
  public:
-  explicit Type(py::handle first, const char* name) {
-    const Methods& m = methods();
-    const int64_t size = integer(first, m.element_size);
-    if (truth(first, m.is_floating_point) != std::is_floating_point_v<T> ||
-        size != static_cast<int64_t>(sizeof(T))) {
-      fail(std::string(name) + ": expected elements of " + described() + ", got " +
-           py::str(first.attr("dtype")).cast<std::string>());
-    }
-    dtype_ = attribute(first, m.dtype);
+  template <class T>
+  const T* address(py::handle object, const char* name, int64_t expected) {
+    const Tensor tensor(object, name);
+    // Counted and typed first, so that nothing is copied in vain.
+    const T* at = address_of<T>(tensor, name, expected);
+    if (tensor.contiguous() && !negated(object)) return at;
+    copies_.push_back(call(call(object, names().contiguous), names().resolve_neg));
+    const Tensor copy(copies_.back(), name);
+    if (!copy.contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
+    return address_of<T>(copy, name, expected);
   }
 
-  void check(py::handle tensor, const char* name) const {
-    const py::object dtype = attribute(tensor, methods().dtype);
-    if (!dtype.is(dtype_)) {
-      fail(std::string(name) + ": expected elements of " + described() + ", got " +
-           py::str(dtype).cast<std::string>());
-    }
-    if (attribute(tensor, methods().is_cpu).ptr() != Py_True) {
-      fail(std::string(name) + ": expected a CPU tensor");
-    }
-  }
-
-  // The address of a contiguous CPU tensor of exactly `expected` elements.
-  T* address(py::handle tensor, const char* name, int64_t expected) const {
-    const Methods& m = methods();
-    check(tensor, name);
-    const int64_t count = integer(tensor, m.numel);
-    if (count != expected) {
-      fail(std::string(name) + ": expected " + std::to_string(expected) + " elements, got " +
-           std::to_string(count));
-    }
-    if (!truth(tensor, m.is_contiguous)) {
-      fail(std::string(name) + ": expected a contiguous tensor");
-    }
-    return at(tensor, name, expected);
-  }
-
-  T* optional(py::handle tensor, const char* name, int64_t expected) const {
-    return tensor.is_none() ? nullptr : address(tensor, name, expected);
-  }
-
-  static T* at(py::handle tensor, const char* name, int64_t elements) {
-    const int64_t address = integer(tensor, methods().data_ptr);
-    if (address % static_cast<int64_t>(sizeof(T))) {
-      fail(std::string(name) + ": address is not aligned");
-    }
-    if (!address && elements) fail(std::string(name) + ": tensor has no memory");
-    return reinterpret_cast<T*>(address);
+  template <class T>
+  const T* optional(py::handle object, const char* name, int64_t expected) {
+    return object.is_none() ? nullptr : address<T>(object, name, expected);
   }
 
  private:
-  static std::string described() {
-    return (std::is_floating_point_v<T> ? "float" : "int") + std::to_string(8 * sizeof(T));
-  }
-
-  py::object dtype_;
+  std::vector<py::object> copies_;
 };
 
 void expect_length(const py::tuple& items, size_t expected, const char* name) {
@@ -161,9 +98,9 @@ struct Call {
 
   static Rows make_rows(int64_t N, int64_t B, py::handle batch_sizes) {
     if (batch_sizes.is_none()) return Rows(N, B, nullptr, 0);
-    const int64_t T = integer(batch_sizes, methods().numel);
-    const Type<int64_t> type(batch_sizes, "batch_sizes");
-    return Rows(N, B, type.address(batch_sizes, "batch_sizes", T), T);
+    Readable readable;
+    const int64_t T = Tensor(batch_sizes, "batch_sizes").count();
+    return Rows(N, B, readable.address<int64_t>(batch_sizes, "batch_sizes", T), T);
   }
 
   static const CellInfo& cell_at(const Engine& engine, int cell) {
@@ -195,7 +132,7 @@ struct Call {
   }
 
   template <class T>
-  void fill(Layer<T>& a, const Type<T>& type, const py::tuple& weights, py::handle state) const {
+  void fill(Layer<T>& a, const py::tuple& weights, py::handle state, Readable& readable) const {
     a.rows = &rows;
     a.I = I, a.H = H, a.P = P, a.D = static_cast<int>(D), a.threads = threads;
     expect_length(weights, D, "weights");
@@ -203,47 +140,46 @@ struct Call {
     for (int d = 0; d < D; ++d) {
       const auto w = py::cast<py::tuple>(weights[d]);
       expect_length(w, 5, "weights of a direction");
-      a.weights[d].ih = type.address(w[0], "weight_ih", product("weight_ih", gate_rows, I));
-      a.weights[d].hh = type.address(w[1], "weight_hh", product("weight_hh", gate_rows, P));
-      a.weights[d].bias_ih = type.optional(w[2], "bias_ih", gate_rows);
-      a.weights[d].bias_hh = type.optional(w[3], "bias_hh", gate_rows);
-      a.weights[d].hr = type.optional(w[4], "weight_hr", product("weight_hr", P, H));
-      if (a.weights[d].hr ? !info.projectable : P != H) {
+      Weights<T>& to = a.weights[d];
+      to.ih = readable.address<T>(w[0], "weight_ih", product("weight_ih", gate_rows, I));
+      to.hh = readable.address<T>(w[1], "weight_hh", product("weight_hh", gate_rows, P));
+      to.bias_ih = readable.optional<T>(w[2], "bias_ih", gate_rows);
+      to.bias_hh = readable.optional<T>(w[3], "bias_hh", gate_rows);
+      to.hr = readable.optional<T>(w[4], "weight_hr", product("weight_hr", P, H));
+      if (to.hr ? !info.projectable : P != H) {
         fail("expected P == H without weight_hr, and none for a cell that cannot be projected");
       }
-      if (!a.weights[d].hr != !a.weights[0].hr)
-        fail("expected weight_hr in every direction or none");
+      if (!to.hr != !a.weights[0].hr) fail("expected weight_hr in every direction or none");
     }
-    states(a.state, type, state, "state", false);
+    states(state, "state", [&](int k, py::handle item, int64_t size) {
+      a.state[k] = readable.address<T>(item, "state", size);
+    });
   }
 
-  // One tensor for each state of the cell; `state` may be None, and its items if `each`.
-  template <class T, class Pointer>
-  void states(Pointer* into, const Type<T>& type, py::handle state, const char* name,
-              bool each) const {
-    if (state.is_none()) return;
-    const auto items = py::cast<py::tuple>(state);
+  // take(k, tensor, elements) for each state of the cell; `tensors` may be None.
+  template <class Take>
+  void states(py::handle tensors, const char* name, const Take& take) const {
+    if (tensors.is_none()) return;
+    const auto items = py::cast<py::tuple>(tensors);
     expect_length(items, info.states, name);
-    for (int k = 0; k < info.states; ++k) {
-      const int64_t expected = product(name, D, B, k ? H : P);
-      into[k] =
-          each ? type.optional(items[k], name, expected) : type.address(items[k], name, expected);
-    }
+    for (int k = 0; k < info.states; ++k) take(k, items[k], product(name, D, B, k ? H : P));
   }
 };
 
 template <class T>
 void forward_as(const Call& c, py::handle x, const py::tuple& weights, py::handle state,
                 py::handle out, py::handle final, py::handle saved) {
-  const Type<T> type(x, "x");
   Forward<T> a;
-  c.fill(a, type, weights, state);
-  a.x = type.address(x, "x", product("x", c.N, c.I));
-  a.out = type.address(out, "out", product("out", c.N, c.D, c.P));
+  Readable readable;
+  c.fill(a, weights, state, readable);
+  a.x = readable.address<T>(x, "x", product("x", c.N, c.I));
+  a.out = writable<T>(out, "out", product("out", c.N, c.D, c.P));
   if (final.is_none()) fail("final: expected a tuple, got None");
-  c.states(a.final, type, final, "final", false);
-  a.saved =
-      type.optional(saved, "saved", product("saved", c.D, c.N, c.info.kept(a.projected()), c.H));
+  c.states(final, "final", [&](int k, py::handle item, int64_t size) {
+    a.final[k] = writable<T>(item, "final", size);
+  });
+  const int64_t kept = product("saved", c.D, c.N, c.info.kept(a.projected()), c.H);
+  if (!saved.is_none()) a.saved = writable<T>(saved, "saved", kept);
   py::gil_scoped_release release;
   c.engine.forward(c.cell, a);
 }
@@ -252,81 +188,68 @@ template <class T>
 void backward_as(const Call& c, const py::tuple& weights, py::handle state, py::handle out,
                  py::handle saved, py::handle dout, py::handle dfinal, py::handle dpre,
                  py::handle dbias, py::handle dstate, py::handle dh) {
-  const Type<T> type(out, "out");
   Backward<T> a;
-  c.fill(a, type, weights, state);
+  Readable readable;
+  c.fill(a, weights, state, readable);
   const int64_t rows_of_h = product("out", c.N, c.D, c.P);
-  a.out = type.address(out, "out", rows_of_h);
-  a.saved =
-      type.address(saved, "saved", product("saved", c.D, c.N, c.info.kept(a.projected()), c.H));
-  a.dout = type.optional(dout, "dout", rows_of_h);
-  c.states(a.dfinal, type, dfinal, "dfinal", true);
-  a.dpre = type.address(dpre, "dpre", product("dpre", c.D, c.N, c.info.slots(), c.H));
-  a.dbias = type.address(dbias, "dbias", product("dbias", c.D, c.info.slots(), c.H));
+  const int64_t kept = product("saved", c.D, c.N, c.info.kept(a.projected()), c.H);
+  a.out = readable.address<T>(out, "out", rows_of_h);
+  a.saved = readable.address<T>(saved, "saved", kept);
+  a.dout = readable.optional<T>(dout, "dout", rows_of_h);
+  c.states(dfinal, "dfinal", [&](int k, py::handle item, int64_t size) {
+    a.dfinal[k] = readable.optional<T>(item, "dfinal", size);
+  });
+  a.dpre = writable<T>(dpre, "dpre", product("dpre", c.D, c.N, c.info.slots(), c.H));
+  a.dbias = writable<T>(dbias, "dbias", product("dbias", c.D, c.info.slots(), c.H));
   if (dstate.is_none()) fail("dstate: expected a tuple, got None");
-  c.states(a.dstate, type, dstate, "dstate", false);
-  if (a.projected()) a.dh = type.address(dh, "dh", product("dh", c.D, c.N, c.P));
+  c.states(dstate, "dstate", [&](int k, py::handle item, int64_t size) {
+    a.dstate[k] = writable<T>(item, "dstate", size);
+  });
+  if (a.projected()) a.dh = writable<T>(dh, "dh", product("dh", c.D, c.N, c.P));
   py::gil_scoped_release release;
   c.engine.backward(c.cell, a);
 }
 
-// A matrix by its address and strides; torch's views of other tensors come as they are.
+Tensor matrix(py::handle object, const char* name) {
+  const Tensor tensor(object, name);
+  if (tensor.dimensions() != 2) fail(std::string(name) + ": expected a matrix");
+  return tensor;
+}
+
+// a may have any strides, b and c rows whose elements lie side by side.
 template <class T>
-struct View {
-  T* at;
-  int64_t rows, columns, row, column;
-
-  View(const Type<T>& type, py::handle tensor, const char* name) {
-    type.check(tensor, name);
-    const auto shape = pair(tensor.attr("shape"), name);
-    const auto stride = pair(call(tensor, methods().stride), name);
-    rows = shape.first, columns = shape.second, row = stride.first, column = stride.second;
-    at = Type<T>::at(tensor, name, rows * columns);
-  }
-
-  static std::pair<int64_t, int64_t> pair(const py::object& items, const char* name) {
-    const auto tuple = py::cast<py::tuple>(items);
-    if (tuple.size() != 2) fail(std::string(name) + ": expected a matrix");
-    return {py::cast<int64_t>(tuple[0]), py::cast<int64_t>(tuple[1])};
-  }
-};
-
-template <class T>
-void matmul_as(const Engine& engine, int threads, py::handle a_, py::handle b_, py::handle c_,
+void matmul_as(const Engine& engine, int threads, const Tensor& a, const Tensor& b, const Tensor& c,
                bool add) {
-  const Type<T> type(a_, "a");
-  const View<T> a(type, a_, "a"), b(type, b_, "b"), c(type, c_, "c");
-  if (a.columns != b.rows || a.rows != c.rows || b.columns != c.columns) {
-    fail("expected [M, K] @ [K, N] into [M, N], got " + std::to_string(a.rows) + " x " +
-         std::to_string(a.columns) + ", " + std::to_string(b.rows) + " x " +
-         std::to_string(b.columns) + " into " + std::to_string(c.rows) + " x " +
-         std::to_string(c.columns));
+  if (a.size(1) != b.size(0) || a.size(0) != c.size(0) || b.size(1) != c.size(1)) {
+    const auto shape = [](const Tensor& t) {
+      return std::to_string(t.size(0)) + " x " + std::to_string(t.size(1));
+    };
+    fail("expected [M, K] @ [K, N] into [M, N], got " + shape(a) + ", " + shape(b) + " into " +
+         shape(c));
   }
-  if ((b.column != 1 && b.columns > 1 && b.rows > 0) ||
-      (c.column != 1 && c.columns > 1 && c.rows > 0)) {
-    fail("expected b and c with rows whose elements lie side by side");
+  for (const Tensor* t : {&b, &c}) {
+    if (t->stride(1) != 1 && t->size(1) > 1 && t->count()) {
+      fail("expected b and c with rows whose elements lie side by side");
+    }
   }
   Matmul<T> m;
-  m.M = a.rows, m.N = b.columns, m.K = a.columns;
-  m.a = a.at, m.a_row = a.row, m.a_column = a.column;
-  m.b = b.at, m.b_row = b.row;
-  m.c = c.at, m.c_row = c.row;
+  m.M = a.size(0), m.N = b.size(1), m.K = a.size(1);
+  m.a = a.data<T>(), m.a_row = a.stride(0), m.a_column = a.stride(1);
+  m.b = b.data<T>(), m.b_row = b.stride(0);
+  m.c = c.data<T>(), m.c_row = c.stride(0);
   m.add = add;
   m.threads = set_threads(threads);
   py::gil_scoped_release release;
   engine.matmul(m);
 }
 
-// What x is decides the type; every other tensor must follow.
+// The type of this tensor is the one that every other must have.
 template <class Run>
-void with_type(py::handle tensor, const Run& run) {
-  const int64_t size = integer(tensor, methods().element_size);
-  if (size == 4) {
-    run(float());
-  } else if (size == 8) {
+void with_type(const Tensor& tensor, const Run& run) {
+  if (tensor.element() == element_of<double>) {
     run(double());
   } else {
-    fail("expected elements of float32 or float64, got " + std::to_string(8 * size) + " bits");
+    run(float());
   }
 }
 
@@ -341,7 +264,7 @@ PYBIND11_MODULE(_cpp, m) {
          int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, py::object x, py::tuple weights,
          py::object state, py::object out, py::object final, py::object saved) {
         const Call c(isa, cell, threads, batch_sizes, N, B, I, H, P, D);
-        with_type(x, [&](auto zero) {
+        with_type(Tensor(x, "x"), [&](auto zero) {
           forward_as<decltype(zero)>(c, x, weights, state, out, final, saved);
         });
       },
@@ -354,7 +277,7 @@ PYBIND11_MODULE(_cpp, m) {
          py::object out, py::object saved, py::object dout, py::object dfinal, py::object dpre,
          py::object dbias, py::object dstate, py::object dh) {
         const Call c(isa, cell, threads, batch_sizes, N, B, I, H, P, D);
-        with_type(out, [&](auto zero) {
+        with_type(Tensor(out, "out"), [&](auto zero) {
           backward_as<decltype(zero)>(c, weights, state, out, saved, dout, dfinal, dpre, dbias,
                                       dstate, dh);
         });
@@ -363,8 +286,13 @@ PYBIND11_MODULE(_cpp, m) {
 
   m.def(
       "matmul",
-      [](const std::string& isa, int threads, py::object a, py::object b, py::object c, bool add) {
+      [](const std::string& isa, int threads, py::object a_, py::object b_, py::object c_,
+         bool add) {
         const Engine& engine = engine_named(isa);
+        for (py::object* t : {&a_, &b_}) {
+          if (negated(*t)) *t = call(*t, names().resolve_neg);
+        }
+        const Tensor a = matrix(a_, "a"), b = matrix(b_, "b"), c = matrix(c_, "c");
         with_type(a, [&](auto zero) { matmul_as<decltype(zero)>(engine, threads, a, b, c, add); });
       },
       "c = a @ b, or c += a @ b.");

@@ -1,10 +1,8 @@
 #include "engine.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -107,7 +105,7 @@ Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, double flo
     units = (idle || starved) && step > kStepFlops * threads;
   }
   if (units) {
-    for (int d = 0; d < D; ++d) tasks.push_back({d, 0, B});
+    for (int d = 0; d < D; ++d) tasks.push_back({0, d, 0, B});
     most_rows = B;
     return;
   }
@@ -117,14 +115,14 @@ Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, double flo
   int d = 0;
   const int64_t total = rows.N * D;
   for (int k = 1; k <= threads; ++k) {
-    const int64_t target = k == threads ? total : total / threads * k;
+    const int64_t target = total / threads * k + total % threads * k / threads;
     while (d < D && (done < target || k == threads)) {
       const int64_t first = row;
       while (row < B && (k == threads || done + rows.length(row) / 2 < target)) {
         done += rows.length(row++);
       }
       if (row > first) {
-        tasks.push_back({d, first, row});
+        tasks.push_back({k - 1, d, first, row});
         most_rows = std::max(most_rows, row - first);
       }
       if (row < B) break;

@@ -9,7 +9,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -105,7 +104,6 @@ struct CellInfo {
 // The engine compiled for one instruction set.
 struct Engine {
   const char* name;
-  int vector_bytes;
   bool (*runs_here)();
   int cells;
   const CellInfo* cell;  // [cells]
@@ -129,13 +127,15 @@ int threads_for(double flops, int threads);
 
 // A part of a layer that one thread runs from the first step to the last.
 struct Task {
+  int thread = 0;
   int direction = 0;
   int64_t row0 = 0, row1 = 0;  // sequences
 };
 
 // How a layer is divided. `rows`: each thread takes whole sequences of one direction or both, and
 // nobody waits for anybody. `units`: all threads share every step, each with its own hidden units,
-// and meet at a barrier; for batches too small to give every thread a sequence.
+// and meet at a barrier; for batches too small to give every thread a sequence, or to hide the time
+// in which weights beyond one core's cache arrive.
 struct Plan {
   bool units = false;
   int threads = 1;

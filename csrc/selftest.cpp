@@ -279,6 +279,29 @@ std::vector<int64_t> dense(int64_t T, int64_t B) { return std::vector<int64_t>(T
 
 }  // namespace
 
+// Every sequence of every direction is some thread's, once, and no thread has much more than its
+// share of the rows.
+void check_plan(const std::vector<int64_t>& sizes, int D, int threads) {
+  int64_t N = 0;
+  for (int64_t n : sizes) N += n;
+  const Rows rows(N, sizes.front(), sizes.data(), static_cast<int64_t>(sizes.size()));
+  const Plan plan(rows, D, threads, false, 1e9, 0);
+  std::vector<int> met(D * rows.B, 0);
+  std::vector<int64_t> load(plan.threads, 0);
+  for (const Task& task : plan.tasks) {
+    for (int64_t r = task.row0; r < task.row1; ++r) {
+      ++met[task.direction * rows.B + r];
+      load[task.thread] += rows.length(r);
+    }
+  }
+  for (int times : met) check(times == 1, "a sequence met " + std::to_string(times) + " times");
+  const int64_t share = N * D / plan.threads;
+  for (int64_t rows_of : load) {
+    check(std::abs(rows_of - share) <= rows.T,
+          std::to_string(rows_of) + " rows for a thread whose share is " + std::to_string(share));
+  }
+}
+
 int main() {
   Scratch::poison(true);
   check_rows();
@@ -301,6 +324,12 @@ int main() {
         check_matmul<float>(*engine, 1, 1, 1, transposed, add, 1e-5);
         check_matmul<float>(*engine, 5, 16, 0, transposed, add, 1e-5);
       }
+    }
+  }
+  for (int threads = 1; threads <= 9; ++threads) {
+    for (int D : {1, 2}) {
+      check_plan(dense(10, 13), D, threads);
+      check_plan({9, 9, 8, 5, 5, 5, 2, 1, 1}, D, threads);
     }
   }
   for (int cell = 0; cell < engines().back()->cells; ++cell) {

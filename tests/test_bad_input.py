@@ -429,3 +429,47 @@ def test_backward_of_an_empty_batch_with_a_strided_state() -> None:
     m = fastrnn.GRU(3, 4)
     m(torch.zeros(5, 0, 3), torch.zeros(1, 0, 8)[..., ::2])[0].sum().backward()
     assert all(p.grad.eq(0).all() for p in m.parameters())
+
+
+class Asked:
+    """A tensor that answers by its methods only, as those of torch before 2.10 do."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+
+def test_tensors_asked_by_their_methods() -> None:
+    cpp = pytest.importorskip("fastrnn._cpp")
+    a, b, c = torch.randn(5, 7), torch.randn(7, 3), torch.empty(5, 3)
+    cpp.matmul(cpp.isas()[0], 1, Asked(a), Asked(b), Asked(c), False)
+    torch.testing.assert_close(c, a @ b)
+    for wrong in (b.half(), b.double(), b[:-1], b.to(torch.complex64), b.to("meta"), b.flatten()):
+        with pytest.raises(ValueError, match="expected"):
+            cpp.matmul(cpp.isas()[0], 1, Asked(a), Asked(wrong), Asked(c), False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_minus_sign_that_torch_has_only_noted(mode: str) -> None:
+    m = LAYERS[mode][0](3, 4)
+    x, h, g = torch.randn(6, 5, 3), torch.randn(1, 5, 4), torch.randn(6, 5, 4)
+    results = []
+    for negate in (torch._neg_view, torch.neg):
+        xn, hn = negate(x).requires_grad_(), negate(h).requires_grad_()
+        output, final = m(xn, (hn, hn) if mode == "LSTM" else hn)
+        grads = torch.autograd.grad(output, [xn, hn, *m.parameters()], negate(g))
+        results.append([output, *leaves(final), *grads])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tracing_is_refused(mode: str) -> None:
+    for m, x in (
+        (LAYERS[mode][0](3, 4), torch.zeros(5, 2, 3)),
+        (STEPS[mode][0](3, 4), torch.zeros(2, 3)),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record"):
+            torch.jit.trace(m, x)

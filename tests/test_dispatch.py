@@ -189,6 +189,7 @@ def test_environment_unknown() -> None:
     )
     assert result.returncode == 1
     assert "ValueError: unknown backend 'cuda'" in result.stderr
+    assert "asked for by FASTRNN_BACKEND" in result.stderr
 
 
 WITHOUT_CPP = "import sys; sys.modules['fastrnn._cpp'] = None; import torch, fastrnn\n"

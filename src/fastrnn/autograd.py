@@ -24,6 +24,7 @@ from fastrnn.rows import previous
 __all__ = ["layer"]
 
 PER_DIRECTION = len(Weights.__args__)  # type: ignore[attr-defined]
+BEFORE_X = 5  # arguments of _Layer.forward
 
 
 def layer(
@@ -101,9 +102,9 @@ class _Layer(torch.autograd.Function):
         cell, batch_sizes, batch, D = ctx.cell, ctx.batch_sizes, ctx.batch, ctx.D
         rows_x, rows_h = x.flatten(0, -2), out.flatten(0, -2)
         weights, state = _unflatten(D, tensors)
-        need_x, *need = ctx.needs_input_grad[5:]
+        need_x, *need = ctx.needs_input_grad[BEFORE_X:]
         if dout is None and all(g is None for g in dfinal):
-            return (None,) * (6 + len(tensors))
+            return (None,) * (BEFORE_X + 1 + len(tensors))
         dpre, dbias, dstate, dh = ctx.backend.backward(
             cell, weights, state, batch_sizes, batch, out, saved, dout, dfinal
         )
@@ -148,7 +149,7 @@ class _Layer(torch.autograd.Function):
                 g if needed else None
                 for g, needed in zip(dstate, need[D * PER_DIRECTION :], strict=True)
             ]
-        return (None, None, None, None, None, dx, *grads)
+        return (*(None,) * BEFORE_X, dx, *grads)
 
 
 class _Once(torch.autograd.Function):

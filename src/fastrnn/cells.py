@@ -49,7 +49,7 @@ __all__ = ["CELLS", "GRU", "LSTM", "RNN_RELU", "RNN_TANH", "Cell", "register"]
 Values = Sequence[Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a cell is itself alone, and quick to look up
 class Cell:
     """The arithmetic of one hidden unit and what a driver must know about it.
 

@@ -62,13 +62,17 @@ def load(name: str) -> Backend:
         ValueError: there is no backend of that name.
     """
     if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+        raise ValueError(_unknown(name))
     return cast(Backend, import_module(f"fastrnn.backends.{name}"))
+
+
+def _unknown(name: str) -> str:
+    return f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}"
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every layer called inside the block on one backend; ``None`` restores the free choice.
+    """Run every layer called inside the block on one backend; ``None`` undoes an outer block.
 
     The choice belongs to the thread (or the asyncio task) that enters the block. The backward pass
     runs where the forward pass ran.
@@ -104,8 +108,15 @@ def choose(
         ValueError: the one asked for does not exist.
         BackendError: the one asked for cannot run this.
     """
-    name, who = _asked(backend)
+    return _choose(cell, dtype, device, *_asked(backend))
+
+
+def _choose(
+    cell: Cell, dtype: torch.dtype, device: torch.device, name: str | None, who: str
+) -> Choice:
     if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"{_unknown(name)}, asked for by {who}")
         module = load(name)
         _require(name, module.missing() or module.refuses(cell, dtype, device))
         return Choice(name, f"asked for by {who}; {module.describe()}")
@@ -129,10 +140,12 @@ def _asked(backend: str | None) -> tuple[str | None, str]:
 
 
 @cache
-def _chosen(cell: Cell, dtype: torch.dtype, device: torch.device, name: str | None) -> Backend:
-    return load(choose(cell, dtype, device, name).backend)
+def _chosen(
+    cell: Cell, dtype: torch.dtype, device: torch.device, name: str | None, who: str
+) -> Backend:
+    return load(_choose(cell, dtype, device, name, who).backend)
 
 
 def pick(cell: Cell, dtype: torch.dtype, device: torch.device, backend: str | None) -> Backend:
     """The module that :func:`choose` names; remembered, since every layer of every call asks."""
-    return _chosen(cell, dtype, device, _asked(backend)[0])
+    return _chosen(cell, dtype, device, *_asked(backend))

@@ -55,6 +55,7 @@ def rnn(
         RuntimeError: sizes, dtypes or devices do not fit together, or T = 0.
         fastrnn.BackendError: the backend that was asked for cannot run this.
     """
+    _refuse_tracing()
     if batch_sizes is None:
         if input.dim() != 3:
             raise ValueError(f"expected an input of 3 dimensions [T, B, I], got {input.dim()}")
@@ -99,6 +100,7 @@ def step(
     Raises:
         ValueError, RuntimeError, fastrnn.BackendError: as :func:`rnn`.
     """
+    _refuse_tracing()
     if input.dim() != 2:
         raise ValueError(f"expected an input of 2 dimensions [B, I], got {input.dim()}")
     batch = input.shape[0]
@@ -110,6 +112,12 @@ def step(
     _, final = _layer(run, cell, input, (weights,), state, None, batch)
     # In place: a view could not be detached in place, as truncated backpropagation does.
     return tuple(s.squeeze_(0) for s in final)
+
+
+def _refuse_tracing() -> None:
+    # Kernels that are not torch's operators would go unrecorded, and their results as constants.
+    if torch._C._is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record fastrnn's layers: trace torch.nn's")
 
 
 def _layer(

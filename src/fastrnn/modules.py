@@ -163,6 +163,8 @@ class RNNBase(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Do nothing: torch.nn's method packs weights for cuDNN."""
 
+    # torch's own of these three keep that list.
+
     def __setattr__(self, name: str, value: Any) -> None:
         nn.Module.__setattr__(self, name, value)
 
@@ -355,6 +357,8 @@ class RNN(RNNBase):
     Raises:
         ValueError: rank or dtype of the input.
         RuntimeError: sizes, T = 0, the rank or size of ``hx``.
+        TypeError: ``hx`` is no tensor (LSTM: no pair of tensors).
+        fastrnn.BackendError: a backend was asked for by name and cannot run this.
 
     >>> import torch, fastrnn
     >>> rnn = fastrnn.RNN(10, 20, num_layers=2)
@@ -454,6 +458,7 @@ class RNNCellBase(nn.RNNCellBase):
     Raises:
         ValueError: rank.
         RuntimeError: sizes and dtypes.
+        TypeError, fastrnn.BackendError: as the layers.
     """
 
     @property

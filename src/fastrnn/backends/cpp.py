@@ -92,7 +92,7 @@ def forward(
         isa(),
         _index(cell),
         torch.get_num_threads(),
-        _contiguous(batch_sizes),
+        batch_sizes,
         N,
         batch,
         size,
@@ -100,8 +100,8 @@ def forward(
         P,
         D,
         x,
-        _all_contiguous(weights),
-        _state(state),
+        tuple(weights),
+        state,
         out,
         final,
         saved,
@@ -131,19 +131,19 @@ def backward(
         isa(),
         _index(cell),
         torch.get_num_threads(),
-        _contiguous(batch_sizes),
+        batch_sizes,
         N,
         batch,
         size,
         H,
         P,
         D,
-        _all_contiguous(weights),
-        _state(state),
+        tuple(weights),
+        state,
         out,
         saved,
-        _contiguous(dout),
-        tuple(_contiguous(g) for g in dfinal),
+        dout,
+        tuple(dfinal),
         dpre,
         dbias,
         dstate,
@@ -172,15 +172,3 @@ def _workspace(like: Tensor, *shape: int) -> Tensor:
     if size < _WORKSPACE_BYTES:
         return like.new_empty(shape)
     return torch.frombuffer(_cpp.Scratch(size), dtype=like.dtype, count=count).view(shape)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _state(state: State | None) -> State | None:
-    return None if state is None else tuple(s.contiguous() for s in state)
-
-
-def _all_contiguous(weights: Sequence[Weights]) -> tuple[tuple[Tensor | None, ...], ...]:
-    return tuple(tuple(_contiguous(w) for w in direction) for direction in weights)
