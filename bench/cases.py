@@ -1,8 +1,20 @@
-"""The grid of shapes and the cells that every benchmark walks."""
+"""The table of cases that every benchmark walks, and the numbers that each works on."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+CELLS = ("RNN", "GRU", "LSTM")
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+PASSES = ("inference", "training")
 
 
 class Shape(NamedTuple):
@@ -17,7 +29,45 @@ class Shape(NamedTuple):
         return f"({self.T}, {self.B}, {self.I}, {self.H})"
 
 
-EVEN = [
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: one float32 forward pass, and in training a full backward pass too.
+
+    Attributes:
+        packed: sequences of uniformly random lengths, at least one of T steps.
+        threads: None for as many as the run was told.
+    """
+
+    cell: str
+    which: str
+    shape: Shape
+    layers: int = 1
+    bidirectional: bool = False
+    packed: bool = False
+    threads: int | None = None
+
+    @property
+    def training(self) -> bool:
+        return self.which == "training"
+
+    @property
+    def variant(self) -> str:
+        names = {
+            "2 layers": self.layers == 2,
+            "bidirectional": self.bidirectional,
+            "packed": self.packed,
+            "1 thread": self.threads == 1,
+        }
+        return ", ".join(name for name, has in names.items() if has)
+
+    def __str__(self) -> str:
+        variant = f"-{self.variant}" if self.variant else ""
+        return f"{self.cell}-{self.which}-{'x'.join(map(str, self.shape))}{variant}".replace(
+            " ", ""
+        )
+
+
+EVEN = (
     Shape(1, 1, 64, 64),
     Shape(1, 1, 512, 512),
     Shape(100, 1, 64, 64),
@@ -29,14 +79,98 @@ EVEN = [
     Shape(25, 64, 1024, 1024),
     Shape(200, 128, 128, 128),
     Shape(1000, 8, 32, 32),
-]
-ODD = [
-    Shape(37, 5, 48, 96),
-    Shape(80, 17, 40, 200),
-    Shape(128, 24, 300, 384),
-    Shape(60, 3, 23, 127),
-]
-GRID = EVEN + ODD
+)
+# Each beside the even neighbour whose throughput it is held against.
+ODD = {
+    Shape(37, 5, 48, 96): Shape(37, 6, 48, 96),
+    Shape(80, 17, 40, 200): Shape(80, 18, 48, 208),
+    Shape(128, 24, 300, 384): Shape(128, 24, 304, 384),
+    Shape(60, 3, 23, 127): Shape(60, 4, 32, 128),
+}
 
-CELLS = ("RNN", "GRU", "LSTM")
-PASSES = ("inference", "training")
+
+def cases() -> list[Case]:
+    grid = [Case(*c) for c in product(CELLS, PASSES, (*EVEN, *ODD))]
+    variants = [
+        replace(Case(cell, which, shape), **change)
+        for cell, which in product(CELLS, PASSES)
+        for shape, change in (
+            (Shape(100, 1, 64, 64), {"bidirectional": True}),
+            (Shape(100, 32, 64, 64), {"bidirectional": True}),
+            (Shape(100, 32, 64, 64), {"layers": 2}),
+            (Shape(100, 32, 64, 64), {"packed": True}),
+            (Shape(100, 32, 256, 256), {"packed": True}),
+            (Shape(100, 32, 64, 64), {"threads": 1}),
+            (Shape(100, 32, 256, 256), {"threads": 1}),
+            (Shape(50, 64, 512, 512), {"threads": 1}),
+        )
+    ]
+    neighbours = [Case(*c) for c in product(CELLS, PASSES, ODD.values())]
+    return grid + variants + neighbours
+
+
+@dataclass
+class Problem:
+    """The numbers of a case: the same for everybody."""
+
+    module: nn.RNNBase
+    x: Tensor  # [T, B, I]
+    state: tuple[Tensor, ...]  # [L*D, B, H] each
+    cotangent: Tensor  # of the output, [T, B, D*H]
+    lengths: Tensor | None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What training computes gradients of."""
+        return [self.x, *self.state, *self.module.parameters()]
+
+    @property
+    def hx(self) -> Tensor | tuple[Tensor, ...]:
+        return self.state if len(self.state) > 1 else self.state[0]
+
+    def pack(self, padded: Tensor) -> PackedSequence:
+        assert self.lengths is not None
+        return pack_padded_sequence(padded, self.lengths)
+
+
+def problem(case: Case) -> Problem:
+    torch.manual_seed(0)
+    T, B, I, H = case.shape
+    D = 2 if case.bidirectional else 1
+    module = getattr(nn, case.cell)(I, H, case.layers, bidirectional=case.bidirectional)
+    module.train(case.training)
+    states = 2 if case.cell == "LSTM" else 1
+    lengths = None
+    if case.packed:
+        lengths = torch.randint(1, T + 1, (B,)).sort(descending=True).values
+        lengths[0] = T
+    return Problem(
+        module,
+        torch.randn(T, B, I),
+        tuple(torch.randn(case.layers * D, B, H) for _ in range(states)),
+        torch.randn(T, B, D * H),
+        lengths,
+    )
+
+
+def flops(case: Case) -> float:
+    """Of the products alone: what the arithmetic cannot do without."""
+    T, B, I, H = case.shape
+    D = 2 if case.bidirectional else 1
+    rows = float(T * B) if not case.packed else float(problem(case).lengths.sum())  # type: ignore[union-attr]
+    total = 0.0
+    for layer in range(case.layers):
+        forward = 2.0 * rows * GATES[case.cell] * H * ((D * H if layer else I) + H) * D
+        total += 3 * forward if case.training else forward
+    return total
+
+
+def recurrent_bytes(case: Case) -> float:
+    """What must be read of W_hh in one step, forward, and in training once more."""
+    _, _, _, H = case.shape
+    D = 2 if case.bidirectional else 1
+    return 4.0 * GATES[case.cell] * H * H * D * case.layers
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))

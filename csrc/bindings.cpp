@@ -329,6 +329,7 @@ PYBIND11_MODULE(_cpp, m) {
       "The instruction sets that were compiled in and run here, best first.");
 
   m.def("threading", &threading, "Name of the threading library that was compiled in, or None.");
+  m.def("release", &Scratch::release, "Give back the memory that is kept for reuse.");
   m.def("poison", &Scratch::poison, py::arg("on"),
         "Fill scratch memory with NaN before every use, for tests.");
 }

@@ -218,6 +218,15 @@ Scratch::~Scratch() {
   std::free(data_);
 }
 
+void Scratch::release() {
+  Pool& p = pool();
+  const std::unique_lock<std::mutex> lock(p.mutex, std::try_to_lock);
+  if (!lock) return;
+  for (const Block& block : p.kept) std::free(block.data);
+  p.kept.clear();
+  p.bytes = 0;
+}
+
 void Scratch::poison(bool on) { g_poison.store(on); }
 
 void Barrier::wait(int team) {

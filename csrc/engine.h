@@ -159,6 +159,8 @@ class Scratch {
   void* data() const { return data_; }
   size_t size() const { return size_; }
   static void poison(bool on);
+  // Gives back what is kept and not in use.
+  static void release();
 
  private:
   void* data_ = nullptr;

@@ -323,3 +323,26 @@ def test_exceptions_leave_the_engine_usable(backend: str) -> None:
                 case.cell, d.x[0], m._weights()[0], None, torch.tensor([2, 9]), 4, save=True
             )
     assert_equal(evaluate(m, case, d, backend), expected)
+
+
+def test_empty_cache_gives_memory_back() -> None:
+    if load("cpp").missing() is not None:
+        pytest.skip("only the C++ backend keeps memory")
+    code = """
+import torch, fastrnn
+
+def resident():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmRSS"))
+
+m = fastrnn.LSTM(64, 128)
+m(torch.randn(100, 64, 64))[0].sum().backward()
+before = resident()
+fastrnn.empty_cache()
+kept = before - resident()
+assert kept > 15_000, f"{kept} kB"  # the saved gates alone take 16 MB
+m(torch.randn(100, 64, 64))[0].sum().backward()
+"""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("reads /proc")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

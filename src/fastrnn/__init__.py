@@ -7,7 +7,7 @@
 
 from importlib.metadata import version
 
-from fastrnn.dispatch import BackendError, use_backend
+from fastrnn.dispatch import BackendError, empty_cache, use_backend
 from fastrnn.modules import (
     GRU,
     LSTM,
@@ -30,6 +30,7 @@ __all__ = [
     "RNNBase",
     "RNNCell",
     "RNNCellBase",
+    "empty_cache",
     "explain",
     "use_backend",
 ]

@@ -8,6 +8,7 @@ never falls back: if it cannot run, :class:`BackendError` says what is missing.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ import torch
 from fastrnn.backends import Backend
 from fastrnn.cells import Cell
 
-__all__ = ["BACKENDS", "BackendError", "Choice", "choose", "load", "use_backend"]
+__all__ = ["BACKENDS", "BackendError", "Choice", "choose", "empty_cache", "load", "use_backend"]
 
 BACKENDS = ("cpp", "reference")
 """Every backend by name, fastest first: the order of the automatic choice."""
@@ -64,6 +65,16 @@ def load(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(_unknown(name))
     return cast(Backend, import_module(f"fastrnn.backends.{name}"))
+
+
+def empty_cache() -> None:
+    """Give back the memory that backends keep for reuse, as after the one large batch of a day.
+
+    What a live graph or a running call holds stays. The next call takes memory anew.
+    """
+    for name in BACKENDS:
+        if module := sys.modules.get(f"fastrnn.backends.{name}"):
+            cast(Backend, module).empty_cache()
 
 
 def _unknown(name: str) -> str:

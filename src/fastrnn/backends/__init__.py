@@ -57,6 +57,9 @@ class Backend(Protocol):
     def refuses(self, cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why the backend cannot run this cell on such tensors; None if it can."""
 
+    def empty_cache(self) -> None:
+        """Give back the memory that is kept from call to call."""
+
     def describe(self) -> str:
         """A few words on how it runs here, for ``explain`` and bug reports."""
 

@@ -20,7 +20,7 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = ["backward", "describe", "forward", "matmul", "missing", "refuses"]
+__all__ = ["backward", "describe", "empty_cache", "forward", "matmul", "missing", "refuses"]
 
 
 def missing() -> str | None:
@@ -64,6 +64,11 @@ def refuses(cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
     if _index(cell) < 0:
         return f"the extension has no cell {cell.mode} like this one"
     return None
+
+
+def empty_cache() -> None:
+    if _missing is None:
+        _cpp.release()
 
 
 def describe() -> str:
@@ -159,7 +164,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 # Smaller tensors come from memory that the allocator has mapped already.
-_WORKSPACE_BYTES = 1 << 20
+WORKSPACE_BYTES = 1 << 20
 
 
 def _workspace(like: Tensor, *shape: int) -> Tensor:
@@ -169,6 +174,6 @@ def _workspace(like: Tensor, *shape: int) -> Tensor:
     """
     count = math.prod(shape)
     size = count * like.element_size()
-    if size < _WORKSPACE_BYTES:
+    if size < WORKSPACE_BYTES:
         return like.new_empty(shape)
     return torch.frombuffer(_cpp.Scratch(size), dtype=like.dtype, count=count).view(shape)

@@ -16,7 +16,7 @@ from fastrnn.backends import Gradients, State, Weights
 from fastrnn.cells import Cell
 from fastrnn.rows import previous, steps
 
-__all__ = ["backward", "describe", "forward", "matmul", "missing", "refuses"]
+__all__ = ["backward", "describe", "empty_cache", "forward", "matmul", "missing", "refuses"]
 
 
 def missing() -> str | None:
@@ -25,6 +25,10 @@ def missing() -> str | None:
 
 def refuses(cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
     return None
+
+
+def empty_cache() -> None:
+    pass
 
 
 def describe() -> str:

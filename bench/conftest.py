@@ -1,0 +1,103 @@
+"""Options of a run, and what is measured once for all cases: the machine's limits, and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peers import OURS, PEERS, Peer, missing
+
+HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastrnn")
+    group.addoption("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    group.addoption("--seconds", type=float, default=2.0, help="to spend on a case, about")
+    group.addoption("--peers", default=",".join(p.name for p in PEERS), help="names, with commas")
+    group.addoption("--cores", type=int, help="restrict the process to so many")
+    group.addoption("--busy", action="store_true", help="keep all cores busy beside it")
+    group.addoption("--probe", help="the program built from probe.cpp")
+    group.addoption("--memory", action="store_true", help="measure memory too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before any library makes a thread: those keep what they began with.
+    if cores := config.getoption("--cores"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
+    import fastrnn
+
+    versions = {"torch": torch.__version__, "fastrnn": fastrnn.__version__}
+    for name in sorted({n for p in PEERS for n in p.needs}):
+        try:
+            versions[name] = __import__(name).__version__
+        except ImportError:
+            versions[name] = "missing"
+    machine_info["fastrnn"] = {
+        "versions": versions,
+        "threads": config.getoption("--threads"),
+        "cores": len(os.sched_getaffinity(0)),
+        "busy": config.getoption("--busy"),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "engine": str(fastrnn.explain(fastrnn.LSTM(1, 1), torch.zeros(1, 1, 1))),
+        "probe": {str(n): probe(config, n) for n in {1, config.getoption("--threads")}},
+    }
+
+
+def probe(config: pytest.Config, threads: int) -> Any:
+    program = config.getoption("--probe")
+    if not program:
+        return None
+    result = subprocess.run([program, str(threads)], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def load(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --busy, as many spinning processes as there are cores."""
+    cores = os.cpu_count() or 1 if request.config.getoption("--busy") else 0
+    spinners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    yield
+    for spinner in spinners:
+        spinner.kill()
+        spinner.wait()
+
+
+@pytest.fixture(scope="session")
+def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Peak bytes and page faults by case, of a process of its own."""
+    if not request.config.getoption("--memory") or not Path("/proc/self/clear_refs").exists():
+        return {}
+    threads = str(request.config.getoption("--threads"))
+    result = subprocess.run(
+        [sys.executable, str(HERE / "memory.py"), "--threads", threads],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="session")
+def contestants(request: pytest.FixtureRequest) -> list[Peer]:
+    names = request.config.getoption("--peers").split(",")
+    return [OURS, *(p for p in PEERS if p.name in names)]
+
+
+@pytest.fixture(scope="session")
+def absent(contestants: list[Peer]) -> dict[str, str]:
+    reasons = {p.name: missing(p) for p in contestants}
+    if not shutil.which("c++"):
+        reasons["torch.compile"] = "no C++ compiler"
+    return {name: why for name, why in reasons.items() if why}

@@ -1,0 +1,88 @@
+"""Peak memory above the inputs and page faults of a warm pass, of torch.nn and of fastrnn, as JSON.
+
+    python bench/memory.py [--threads 2]
+
+The kernel's high-water mark of resident memory, which counts everybody's buffers alike. Both
+libraries give back what they keep between calls before they are measured. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import Case, cases, problem
+from peers import Module
+from rich.console import Console
+from rich.progress import track
+
+import fastrnn
+from fastrnn.backends import cpp
+
+WARM = 3
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def peak(run: Any) -> int:
+    gc.collect()
+    fastrnn.empty_cache()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    result = run()
+    high = resident("VmHWM")
+    del result
+    return max(0, high - before)
+
+
+def faults(run: Any) -> float:
+    for _ in range(WARM):
+        run()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(WARM):
+        run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / WARM
+
+
+def measure(case: Case, threads: int) -> dict[str, Any]:
+    numbers = problem(case)
+    measured: dict[str, Any] = {"peak": {}, "faults": {}}
+    for name in ("torch.nn", "fastrnn"):
+        run = Module(name).prepare(case, numbers, threads)
+        run()
+        measured["peak"][name] = peak(run)
+        measured["faults"][name] = faults(run)
+    if case.training:
+        usual, cpp.WORKSPACE_BYTES = cpp.WORKSPACE_BYTES, sys.maxsize
+        measured["faults"]["fastrnn without its workspace"] = faults(run)
+        cpp.WORKSPACE_BYTES = usual
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    measured = {}
+    for case in track(cases(), "memory", console=Console(stderr=True)):
+        threads = case.threads or args.threads
+        torch.set_num_threads(threads)
+        measured[str(case)] = measure(case, threads)
+    json.dump(measured, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Everybody who takes part: how each builds a case, and how its results compare with torch.nn's."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from cases import Case, Problem
+from torch import Tensor
+
+Run = Callable[[], Any]
+
+# Both libraries order the gates in their own way; these are rows of torch's.
+ONNX_GATES = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
+
+
+class Peer(Protocol):
+    """Attributes: ``name``, and ``needs``, the packages without which it is reported missing."""
+
+    name: str
+    needs: tuple[str, ...]
+
+    def refuses(self, case: Case) -> str | None:
+        """Why this peer has no answer to the case; None if it has."""
+
+    def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
+        """A function that does the case once."""
+
+    def results(self, raw: Any) -> list[Tensor]:
+        """What a run gave: the output, in training then the gradients in order of leaves."""
+
+
+def missing(peer: Peer) -> str | None:
+    absent = [n for n in peer.needs if importlib.util.find_spec(n) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
+class Module:
+    """A library with torch.nn's interface."""
+
+    needs: tuple[str, ...] = ()
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def refuses(self, case: Case) -> str | None:
+        return None
+
+    def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
+        module = problem.module
+        if self.name != "torch.nn":
+            library = importlib.import_module(self.name)
+            ours = getattr(library, case.cell)(
+                module.input_size,
+                module.hidden_size,
+                case.layers,
+                bidirectional=case.bidirectional,
+            )
+            ours.load_state_dict(module.state_dict())
+            module = ours.train(case.training)
+        x, hx = problem.x, problem.hx
+        if not case.training:
+            input = problem.pack(x) if case.packed else x
+
+            def infer() -> Any:
+                with torch.inference_mode():
+                    output = module(input, hx)[0]
+                return [output.data if case.packed else output]
+
+            return infer
+        leaves = [x, *problem.state, *module.parameters()]
+        cotangent = problem.cotangent
+        if case.packed:
+            cotangent = problem.pack(cotangent).data
+
+        def train() -> Any:
+            for leaf in leaves:
+                leaf.requires_grad_()
+            output = module(problem.pack(x) if case.packed else x, hx)[0]
+            output = output.data if case.packed else output
+            return [output, *torch.autograd.grad(output, leaves, cotangent)]
+
+        return train
+
+    def results(self, raw: Any) -> list[Tensor]:
+        return [t.detach() for t in raw]
+
+
+class CompiledLoop:
+    """A loop over a cell in Python, unrolled and fused by ``torch.compile``; one case shows it."""
+
+    name = "torch.compile"
+    needs = ()
+
+    def refuses(self, case: Case) -> str | None:
+        if str(case) != "LSTM-inference-37x5x48x96":
+            return "measured at one case only, since it compiles every step"
+        return None
+
+    def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
+        module = problem.module
+
+        def loop(x: Tensor, h: Tensor, c: Tensor) -> Tensor:
+            w_ih, w_hh, b_ih, b_hh = module.parameters()
+            outputs = []
+            for gates in (x @ w_ih.t() + b_ih).unbind(0):
+                i, f, g, o = (gates + h @ w_hh.t() + b_hh).chunk(4, 1)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * c.tanh()
+                outputs.append(h)
+            return torch.stack(outputs)
+
+        compiled = torch.compile(loop, fullgraph=True)
+        h, c = (s[0] for s in problem.state)
+
+        def infer() -> Any:
+            with torch.no_grad():
+                return [compiled(problem.x, h, c)]
+
+        return infer
+
+    def results(self, raw: Any) -> list[Tensor]:
+        return list(raw)
+
+
+class OnnxRuntime:
+    name = "onnxruntime"
+    needs = ("onnx", "onnxruntime")
+
+    def refuses(self, case: Case) -> str | None:
+        return "runs inference only" if case.training else _refuses_variants(case)
+
+    def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Threads that go on spinning after a run would sit on the next contestant's core.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = onnxruntime.InferenceSession(
+            _onnx(case, problem).SerializeToString(), options, ["CPUExecutionProvider"]
+        )
+        feed = {"X": problem.x.numpy()}
+        feed |= {f"state{k}": s.numpy() for k, s in enumerate(problem.state)}
+        return lambda: session.run(["Y"], feed)
+
+    def results(self, raw: Any) -> list[Tensor]:
+        return [torch.from_numpy(raw[0])[:, 0]]
+
+
+class OpenVino:
+    name = "openvino"
+    needs = ("onnx", "openvino")
+
+    def refuses(self, case: Case) -> str | None:
+        return "runs inference only" if case.training else _refuses_variants(case)
+
+    def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(_onnx(case, problem).SerializeToString())
+        compiled = core.compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": threads,
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32",
+            },
+        )
+        request = compiled.create_infer_request()
+        feed = [problem.x.numpy(), *(s.numpy() for s in problem.state)]
+        for k, array in enumerate(feed):
+            request.set_input_tensor(k, openvino.Tensor(array, shared_memory=True))
+
+        def infer() -> Any:
+            request.infer()
+            return request.get_output_tensor(0).data
+
+        return infer
+
+    def results(self, raw: Any) -> list[Tensor]:
+        return [torch.from_numpy(raw.copy())[:, 0]]
+
+
+def _refuses_variants(case: Case) -> str | None:
+    if case.layers > 1 or case.bidirectional or case.packed:
+        return "measured without variants"
+    return None
+
+
+def _onnx(case: Case, problem: Problem) -> Any:
+    """The layer as one ONNX operator, of fixed sizes."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    T, B, I, H = case.shape
+    order = ONNX_GATES[case.cell]
+
+    def rows(w: Tensor) -> Any:
+        return w.detach().view(len(order), H, -1)[list(order)].reshape(len(order) * H, -1).numpy()
+
+    w_ih, w_hh, b_ih, b_hh = (rows(p) for p in problem.module.parameters())
+    tensors = {
+        "W": w_ih[None],
+        "R": w_hh[None],
+        "B": np.concatenate([b_ih[:, 0], b_hh[:, 0]])[None],
+    }
+    names = [f"state{k}" for k in range(len(problem.state))]
+    attributes: dict[str, Any] = {"hidden_size": H}
+    if case.cell == "GRU":
+        attributes["linear_before_reset"] = 1
+    node = helper.make_node(case.cell, ["X", "W", "R", "B", "", *names], ["Y"], **attributes)
+    float32 = TensorProto.FLOAT
+    inputs = [helper.make_tensor_value_info("X", float32, [T, B, I])]
+    inputs += [helper.make_tensor_value_info(n, float32, [1, B, H]) for n in names]
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        inputs,
+        [helper.make_tensor_value_info("Y", float32, [T, 1, B, H])],
+        [numpy_helper.from_array(np.ascontiguousarray(a), n) for n, a in tensors.items()],
+    )
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8, producer_name="bench"
+    )
+
+
+class Jax:
+    """``lax.scan`` under ``jit``, with the input's product in front of the loop."""
+
+    name = "jax"
+    needs = ("jax",)
+
+    def refuses(self, case: Case) -> str | None:
+        if case.packed:
+            return "has no packed batches"
+        if case.threads is not None:
+            return "its number of threads is one for the process"
+        return None
+
+    def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
+        # Read by XLA when it makes its first computation, and only then.
+        os.environ.setdefault(
+            "XLA_FLAGS", f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
+        )
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ.setdefault("NPROC", str(threads))
+        import jax
+        import jax.numpy as jnp
+
+        def step(carry: Any, gx: Any, w: Any, b: Any) -> Any:
+            h = carry[0]
+            gh = h @ w.T + b
+            if case.cell == "RNN":
+                h = jnp.tanh(gx + gh)
+                return (h,), h
+            if case.cell == "GRU":
+                r_x, z_x, n_x = jnp.split(gx, 3, -1)
+                r_h, z_h, n_h = jnp.split(gh, 3, -1)
+                z = jax.nn.sigmoid(z_x + z_h)
+                n = jnp.tanh(n_x + jax.nn.sigmoid(r_x + r_h) * n_h)
+                h = n + z * (h - n)
+                return (h,), h
+            i, f, g, o = jnp.split(gx + gh, 4, -1)
+            c = jax.nn.sigmoid(f) * carry[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
+            h = jax.nn.sigmoid(o) * jnp.tanh(c)
+            return (h, c), h
+
+        D = 2 if case.bidirectional else 1
+
+        def forward(x: Any, state: Any, parameters: Any) -> Any:
+            for layer in range(case.layers):
+                outputs = []
+                for d in range(D):
+                    k = layer * D + d
+                    w_ih, w_hh, b_ih, b_hh = parameters[4 * k : 4 * k + 4]
+                    _, y = jax.lax.scan(
+                        lambda carry, gx, w=w_hh, b=b_hh: step(carry, gx, w, b),
+                        tuple(s[k] for s in state),
+                        x @ w_ih.T + b_ih,
+                        reverse=d == 1,
+                    )
+                    outputs.append(y)
+                x = jnp.concatenate(outputs, -1) if D > 1 else outputs[0]
+            return x
+
+        def train(arguments: Any, cotangent: Any) -> Any:
+            output, reverse = jax.vjp(lambda a: forward(*a), arguments)
+            x, state, parameters = reverse(cotangent)[0]
+            return [output, x, *state, *parameters]
+
+        def array(t: Tensor) -> Any:
+            return jnp.asarray(t.detach().numpy())
+
+        arguments = (
+            array(problem.x),
+            tuple(map(array, problem.state)),
+            tuple(map(array, problem.module.parameters())),
+        )
+        if case.training:
+            compiled, cotangent = jax.jit(train), array(problem.cotangent)
+            return lambda: jax.block_until_ready(compiled(arguments, cotangent))
+        infer = jax.jit(forward)
+        return lambda: jax.block_until_ready([infer(*arguments)])
+
+    def results(self, raw: Any) -> list[Tensor]:
+        return [torch.from_numpy(np.array(a)) for a in raw]
+
+
+OURS = Module("fastrnn")
+PEERS: tuple[Peer, ...] = (Module("torch.nn"), OnnxRuntime(), OpenVino(), Jax(), CompiledLoop())
+
+
+def check(peer: Peer, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Raise AssertionError if results are not torch.nn's: then there is nothing to time."""
+    for k, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.shape == b.shape, f"{peer.name}: result {k} is {a.shape}, not {b.shape}"
+        error = float((a - b).norm() / b.norm().clamp_min(1e-30))
+        assert error < 1e-4, f"{peer.name}: result {k} differs from torch.nn's by {error:.1e}"

@@ -1,0 +1,97 @@
+"""Everybody at every case, by turns in one process: `make bench`.
+
+Machines drift by more than the differences of interest, so a round takes one sample of each
+contestant, and what counts is the median over the rounds of the ratio of neighbouring samples.
+Everybody's results are compared with torch.nn's first.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import peers
+import pytest
+import torch
+from cases import Case, cases, flops, problem, recurrent_bytes
+
+# Idle threads of OpenMP spin for some milliseconds after a call, on a core that the next one needs.
+REST = 5e-3
+# A sample shorter than this is repeated: the clock, and an interrupt, would weigh too much.
+SAMPLE = 1e-3
+ROUNDS = (7, 40)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_speed(
+    case: Case,
+    benchmark: Any,
+    contestants: list[peers.Peer],
+    absent: dict[str, str],
+    memory: dict[str, Any],
+    request: pytest.FixtureRequest,
+) -> None:
+    threads = case.threads or request.config.getoption("--threads")
+    torch.set_num_threads(threads)
+    numbers = problem(case)
+    expected = peers.Module("torch.nn").prepare(case, numbers, threads)
+    expected = [t.detach().clone() for t in expected()]
+    runs, refusals = {}, {}
+    for peer in contestants:
+        if why := absent.get(peer.name) or peer.refuses(case):
+            refusals[peer.name] = why
+            continue
+        runs[peer.name] = peer.prepare(case, numbers, threads)
+        peers.check(peer, peer.results(runs[peer.name]()), expected)
+
+    def timed(name: str, repeats: int) -> float:
+        run = runs[name]
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
+
+    once = {name: min(timed(name, 2) for _ in range(3)) for name in runs}
+    repeats = {name: max(1, round(SAMPLE / seconds)) for name, seconds in once.items()}
+    ours, *others = runs
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+
+    def rest(name: str) -> None:
+        time.sleep(REST)
+        runs[name]()
+
+    def turns() -> None:
+        for name in others:
+            rest(name)
+            samples[name].append(timed(name, repeats[name]))
+        rest(ours)
+
+    def turn() -> None:
+        samples[ours].append(timed(ours, repeats[ours]))
+
+    turns(), turn()
+    round_takes = sum(REST + once[n] * (repeats[n] + 1) for n in runs)
+    rounds = round(request.config.getoption("--seconds") / round_takes)
+    least, most = ROUNDS
+    for values in samples.values():
+        values.clear()
+    benchmark.pedantic(turn, setup=turns, rounds=min(most, max(least, rounds)))
+    benchmark.extra_info.update(
+        cell=case.cell,
+        which=case.which,
+        shape=list(case.shape),
+        variant=case.variant,
+        threads=threads,
+        flops=flops(case),
+        recurrent_bytes=recurrent_bytes(case),
+        seconds={name: statistics.median(values) for name, values in samples.items()},
+        ratios={
+            name: statistics.median(
+                a / b for a, b in zip(samples[name], samples[ours], strict=True)
+            )
+            for name in others
+        },
+        refusals=refusals,
+        memory=memory.get(str(case)),
+    )
