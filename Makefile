@@ -13,10 +13,10 @@ extension := build/extension-$(notdir $(VENV))
 selftest := build/selftest-$(notdir $(lastword $(CXX)))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test heavy test-isa bench lint sanitize wheel clean
+.PHONY: help demo test heavy test-isa bench readme bench-loaded bench-compare lint sanitize wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## train a small language model with fastrnn and with torch.nn, and plot both
 	$(bin)/python examples/char_lm.py --plot char_lm.png
@@ -31,8 +31,26 @@ test-isa: $(VENV)/.dev ## run the engine's tests with only part of the processor
 	ATEN_CPU_CAPABILITY=avx2 $(pytest) -n 2 -m "isa and not heavy" tests
 	ATEN_CPU_CAPABILITY=default $(pytest) -n 2 -m "isa and not heavy" tests
 
-bench: $(VENV)/.dev ## measure fastrnn against torch.nn
-	$(bin)/python bench/paired.py
+# The peers are optional: whoever is not installed is reported as missing. Timings have one process.
+bench := $(bin)/pytest -q --timeout 900 -o faulthandler_timeout=960 \
+	--benchmark-disable-gc --benchmark-columns=median --benchmark-sort=name
+bench: build/probe $(VENV)/.bench ## measure fastrnn against torch.nn and every other peer, and plot
+	@mkdir -p build/bench
+	$(bench) --probe build/probe --memory --benchmark-json build/bench/results.json bench
+	$(bin)/python bench/report.py build/bench/results.json
+
+readme: ## write the last run of `make bench` into README and docs/
+	$(bin)/python bench/report.py build/bench/results.json --readme
+
+bench-loaded: build/probe $(VENV)/.bench ## measure against torch.nn on busy cores, and on one core
+	@mkdir -p build/bench
+	$(bench) --peers torch.nn --seconds 1 --busy --benchmark-json build/bench/busy.json bench
+	$(bench) --peers torch.nn --seconds 1 --cores 1 --benchmark-json build/bench/one-core.json bench
+	$(bin)/python bench/report.py build/bench/results.json \
+		--beside build/bench/busy.json build/bench/one-core.json
+
+bench-compare: $(VENV)/.bench ## measure this tree against another commit: BASE=rev
+	$(bin)/python bench/compare.py $(BASE)
 
 lint: $(VENV)/.dev ## check style and types
 	$(bin)/ruff check
@@ -73,9 +91,13 @@ $(extension): setup.py $(filter-out csrc/selftest.cpp, $(csrc)) | $(VENV)/.torch
 	@mkdir -p build && touch $@
 
 # pip would compile the extension once more, and at every change of pyproject.toml.
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(extension)
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(extension)
 	FASTRNN_NO_CPP=1 $(pip) --no-build-isolation --editable '.[$*]'
 	@touch $@
+
+build/probe: bench/probe.cpp
+	@mkdir -p build
+	$(CXX) -O2 -std=c++17 -Wno-psabi -pthread $< -o $@
 
 # The flags of the vector maths are those of setup.py.
 $(selftest): openmp := -Wno-unknown-pragmas

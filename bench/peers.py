@@ -102,10 +102,9 @@ class CompiledLoop:
         return None
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
-        module = problem.module
+        w_ih, w_hh, b_ih, b_hh = problem.module.parameters()
 
         def loop(x: Tensor, h: Tensor, c: Tensor) -> Tensor:
-            w_ih, w_hh, b_ih, b_hh = module.parameters()
             outputs = []
             for gates in (x @ w_ih.t() + b_ih).unbind(0):
                 i, f, g, o = (gates + h @ w_hh.t() + b_hh).chunk(4, 1)

@@ -3,7 +3,7 @@
     python bench/report.py build/bench/results.json [--out build/bench] [--readme]
 
 Prints a Markdown report and writes it with its plots, as PNG and SVG, to the folder of --out.
---readme puts the summary into README.md, the report into docs/benchmarks.md, and the plots beside it.
+--readme puts the summary into README.md, and the report and its plots into docs/benchmarks/
 """
 
 from __future__ import annotations

@@ -364,13 +364,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     both = "train with torch.nn, with fastrnn, or with one after the other (default both)"
     add("--backend", choices=["torch", "fastrnn", "both"], default="both", help=both)
     when = f"save here every {SAVE_EVERY} steps, at the end and on Ctrl-C"
-    add("--checkpoint", type=Path, metavar="PATH", help=when)
+    add("--checkpoint", type=Path, metavar="PATH", help=f"{when} (default that of --resume)")
     add("--resume", type=Path, metavar="PATH", help="go on from this checkpoint")
     add("--plot", type=Path, metavar="PATH", help="draw the loss curves here (.png, .pdf or .svg)")
     add("--write", type=int, default=500, metavar="N", help="characters to write (default 500)")
     add("--prompt", metavar="TEXT", help="what the writing goes on from (default a new line)")
     add("--temperature", type=float, default=0.7, help="of the writing (default 0.7)")
     args = parser.parse_args(argv)
+    args.checkpoint = args.checkpoint or args.resume
 
     # What would fail after the training is found before it.
     for name, value in vars(args).items():
@@ -438,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
         def save(run: Run = run, backend: str = backend) -> None:
             if args.checkpoint:
                 states[backend] = run.state()
-                content = {"program": "char_lm", "config": config, "vocab": vocab, "text": digest}
+                content = {"program": "char_lm", "config": config, "text": digest}
                 save_checkpoint(args.checkpoint, {**content, "runs": states})
 
         if not train(run, data, config["steps"], save):

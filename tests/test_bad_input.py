@@ -14,6 +14,8 @@ from cases import LAYERS, STEPS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import fastrnn
@@ -473,3 +475,28 @@ def test_tracing_is_refused(mode: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record"):
             torch.jit.trace(m, x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recording_with_made_up_tensors_is_refused(mode: str) -> None:
+    m, x = LAYERS[mode][0](3, 4), torch.zeros(5, 2, 3)
+    with pytest.raises(RuntimeError, match="cannot record fastrnn's layers"):
+        make_fx(lambda x: m(x)[0])(x)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, pytest.raises(RuntimeError, match="cannot record fastrnn's layers"):
+        m(fake.from_tensor(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_complex_layer_is_refused(mode: str) -> None:
+    m = LAYERS[mode][0](3, 4, dtype=torch.complex64)
+    with pytest.raises(fastrnn.BackendError, match="real floating-point dtype"):
+        m(torch.zeros(5, 2, 3, dtype=torch.complex64))
+
+
+def test_explain_checks_the_input() -> None:
+    for m in (fastrnn.GRU(4, 6).bfloat16(), fastrnn.GRUCell(4, 6).bfloat16()):
+        with pytest.raises((ValueError, RuntimeError), match="dtype"):
+            fastrnn.explain(m, torch.zeros(5, 4))
+        with pytest.raises(TypeError, match="got NoneType"):
+            fastrnn.explain(m, None)

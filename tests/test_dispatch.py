@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -213,14 +212,6 @@ def test_without_the_extension_the_reference_runs() -> None:
     assert "not cpp: the extension fastrnn._cpp could not be imported" in result.stdout
 
 
-def test_an_import_loads_no_other_package() -> None:
-    code = "import torch, sys; before = set(sys.modules); import fastrnn\n"
-    code += "print(*{n.split('.')[0] for n in set(sys.modules) - before})"
-    loaded = set(run_python(code).stdout.split())
-    assert "fastrnn" in loaded
-    assert not loaded & {"numpy", "numba", "triton", "pybind11"}
-
-
 # Refusals
 
 
@@ -343,23 +334,6 @@ def test_the_functions_of_a_layer_are_public() -> None:
     new = functional.step(LSTM, x[0], None, (*cell.parameters(), None))
     for a, b in zip(cell(x[0]), new, strict=True):
         assert torch.equal(a, b)
-
-
-def test_imports_point_down() -> None:
-    """modules -> functional -> autograd -> dispatch -> backends -> cells: never up that chain."""
-    order = ["cells", "rows", "backends", "dispatch", "autograd", "functional", "modules"]
-    package = Path(fastrnn.__file__).parent
-    for path in [*package.glob("*.py"), *(package / "backends").glob("*.py")]:
-        if path.name == "__init__.py" and path.parent == package:
-            continue
-        own = "backends" if path.parent.name == "backends" else path.stem
-        if own not in order:
-            continue
-        for line in path.read_text().splitlines():
-            words = line.split()
-            if words[:1] == ["from"] and words[1].startswith("fastrnn."):
-                used = words[1].split(".")[1]
-                assert used not in order or order.index(used) <= order.index(own), (path, line)
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:

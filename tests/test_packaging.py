@@ -192,7 +192,16 @@ def test_import_costs_little_more_than_torch(tmp_path: Path) -> None:
         check=True,
     )
     new = set(run.stdout.split())
-    slow = {"matplotlib", "numba", "numpy", "rich", "triton", "torch._dynamo", "torch._inductor"}
+    slow = {
+        "matplotlib",
+        "numba",
+        "numpy",
+        "pybind11",
+        "rich",
+        "triton",
+        "torch._dynamo",
+        "torch._inductor",
+    }
     own = {"fastrnn._cpp", "fastrnn.backends.cpp", "fastrnn.kernels"}
     assert "fastrnn" in new
     assert not new & (slow | own)

@@ -54,10 +54,33 @@ def test_layer_is_torchs(case: Case) -> None:
     assert_is_torch(case)
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("case", known(GRID), ids=str)
+ONE_SIZE = (3, 5, 1, 63)
+
+
+# All options together at one size, and in the heavy run at every size.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=() if (c.T, c.B, c.I, c.H) == ONE_SIZE else pytest.mark.heavy)
+        for c in known(GRID)
+    ],
+    ids=str,
+)
 def test_layer_is_torchs_grid(case: Case) -> None:
     assert_is_torch(case)
+
+
+@pytest.mark.parametrize("mode", LAYERS)
+def test_autocast_changes_nothing(mode: str) -> None:
+    m, x = LAYERS[mode][0](3, 40), torch.randn(5, 2, 3)
+    results = []
+    with fastrnn.use_backend("reference"):
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                output, _ = m(x)
+                results.append([output, *torch.autograd.grad(output.sum(), list(m.parameters()))])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("mode", STEPS)

@@ -93,7 +93,7 @@ class Cell:
 
 
 CELLS: dict[str, Cell] = {}
-"""Every known cell by its mode: what tests, benchmarks and backends walk."""
+"""Every known cell by its mode: what tests and backends walk."""
 
 
 def register(cell: Cell) -> Cell:

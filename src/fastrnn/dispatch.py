@@ -32,7 +32,7 @@ _context: ContextVar[str | None] = ContextVar("fastrnn_backend", default=None)
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot run."""
+    """A backend that was asked for by name cannot run, or none can."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ def _choose(
         if problem is None:
             return Choice(name, f"automatic choice; {module.describe()}", rejected)
         rejected[name] = problem
-    raise AssertionError("the reference backend runs everything")
+    raise BackendError(
+        f"no backend can run this: {'; '.join(f'{b}: {why}' for b, why in rejected.items())}"
+    )
 
 
 def _asked(backend: str | None) -> tuple[str | None, str]:

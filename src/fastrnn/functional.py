@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastrnn.autograd import layer
 from fastrnn.backends import Backend, State, Weights
@@ -118,6 +119,12 @@ def _refuse_tracing() -> None:
     # Kernels that are not torch's operators would go unrecorded, and their results as constants.
     if torch._C._is_tracing():
         raise RuntimeError("torch.jit.trace cannot record fastrnn's layers: trace torch.nn's")
+    if torch._C._len_torch_dispatch_stack():
+        modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
+        if modes & {"ProxyTorchDispatchMode", "FakeTensorMode"}:
+            raise RuntimeError(
+                "make_fx and fake tensors cannot record fastrnn's layers: record torch.nn's"
+            )
 
 
 def _layer(

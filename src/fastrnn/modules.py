@@ -500,9 +500,9 @@ class RNNCellBase(nn.RNNCellBase):
             raise RuntimeError(
                 f"expected input of the weights' dtype {weight.dtype}, got {input.dtype}"
             )
-        if input.shape[1] != self.input_size:
+        if input.shape[-1] != self.input_size:
             raise RuntimeError(
-                f"input has inconsistent input_size: got {input.shape[1]}, "
+                f"input has inconsistent input_size: got {input.shape[-1]}, "
                 f"expected {self.input_size}"
             )
 
@@ -551,7 +551,8 @@ def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Ch
     """Say which backend would run ``module(input)`` here and now, and why.
 
     Raises:
-        TypeError: the module is not one of fastrnn's.
+        TypeError: the module is not one of fastrnn's, or the input no tensor.
+        ValueError, RuntimeError: dtype or features of the input are not the module's.
         fastrnn.BackendError: a backend was asked for by name and cannot run this.
 
     >>> import torch, fastrnn
@@ -562,4 +563,7 @@ def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Ch
     if not isinstance(module, (RNNBase, RNNCellBase)):
         raise TypeError(f"expected a layer or a cell of fastrnn, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
+    if not isinstance(data, Tensor):
+        raise TypeError(f"expected a Tensor or a PackedSequence, got {type(data).__name__}")
+    module._check_input(data, next(module.parameters()))
     return choose(module._cell, data.dtype, data.device)

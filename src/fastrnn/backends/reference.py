@@ -6,7 +6,10 @@ ended (or, in reverse, not begun) keeps its state, and one loop serves dense, pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,8 @@ def missing() -> str | None:
 
 
 def refuses(cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
+    if not dtype.is_floating_point:
+        return f"expected a real floating-point dtype, got {dtype}"
     return None
 
 
@@ -35,6 +40,25 @@ def describe() -> str:
     return "plain torch, one step at a time"
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _in_own_dtype(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Autocast would lower the precision of the products, and the definition's with it."""
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        first = args[1]  # x, or the weights
+        device = (first if isinstance(first, Tensor) else first[0][0]).device.type  # type: ignore[index]
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_in_own_dtype
 def forward(
     cell: Cell,
     x: Tensor,
@@ -73,6 +97,7 @@ def forward(
     return out.view(*leading, D * P), final, saved
 
 
+@_in_own_dtype
 def backward(
     cell: Cell,
     weights: Sequence[Weights],

@@ -1,0 +1,138 @@
+"""Another commit against this tree, case by case and sample by sample: does anything regress?
+
+    python bench/compare.py BASE [--match REGEX] [--seconds 1.0]
+
+BASE is checked out and built under build/. Each tree runs in a process of its own and the two take
+turns. Exits with 1 if a case is slower than BASE by more than --tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import ODD, cases, geometric_mean, problem
+from peers import OURS
+from rich.console import Console
+from rich.progress import track
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = 2e-3
+
+
+def serve(threads: int) -> None:
+    """Answer each case named on a line with the seconds of a sample, in JSON."""
+    by_name = {str(c): c for c in cases()}
+    import fastrnn
+
+    print(json.dumps(fastrnn.__file__), flush=True)
+    name, run, repeats = "", None, 1
+    for line in sys.stdin:
+        if line.strip() != name:
+            name = line.strip()
+            case = by_name[name]
+            torch.set_num_threads(case.threads or threads)
+            run = OURS.prepare(case, problem(case), threads)
+            seconds = min(sample(run, 2) for _ in range(3))
+            repeats = max(1, round(SAMPLE / seconds))
+        print(json.dumps(sample(run, repeats)), flush=True)
+
+
+def sample(run: Any, repeats: int) -> float:
+    run()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+class Server:
+    def __init__(self, tree: Path, threads: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", "--threads", str(threads), ""],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(tree / "src")},
+        )
+        imported = Path(self.read())
+        if tree not in imported.parents:
+            raise RuntimeError(f"expected fastrnn of {tree}, got {imported}")
+
+    def read(self) -> Any:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a benchmark process ended early")
+        return json.loads(line)
+
+    def sample(self, case: str) -> float:
+        assert self.process.stdin
+        self.process.stdin.write(case + "\n")
+        self.process.stdin.flush()
+        return float(self.read())
+
+
+def checkout(revision: str) -> Path:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", f"{revision}^{{commit}}"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    tree = ROOT / "build" / "compare" / commit
+    if not tree.exists():
+        subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--quiet", "--detach", str(tree), commit],
+            cwd=ROOT,
+            check=True,
+        )
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=tree, check=True
+    )
+    return tree
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("base")
+    parser.add_argument("--match", default="", help="only cases whose name this finds")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per case")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--tolerance", type=float, default=0.1)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.threads)
+        return 0
+    base = Server(checkout(args.base), args.threads)
+    here = Server(ROOT, args.threads)
+    chosen = [c for c in cases() if c.shape not in ODD.values() and re.search(args.match, str(c))]
+    ratios: dict[str, float] = {}
+    for case in track(map(str, chosen), "timing", len(chosen), console=Console(stderr=True)):
+        samples = [(base.sample(case), here.sample(case))]
+        until = time.perf_counter() + args.seconds
+        while time.perf_counter() < until or len(samples) < 7:
+            samples.append((base.sample(case), here.sample(case)))
+        ratios[case] = statistics.median(a / b for a, b in samples[1:])
+    print(f"| case | time of {args.base} over time of this tree |\n|---|---:|")
+    for case, ratio in ratios.items():
+        slower = ratio < 1 - args.tolerance
+        print(f"| {case} | {'**' if slower else ''}{ratio:.2f}{'**' if slower else ''} |")
+    print(f"| geometric mean | {geometric_mean(list(ratios.values())):.3f} |")
+    return int(min(ratios.values()) < 1 - args.tolerance)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
