@@ -1,6 +1,8 @@
 // The Python module fastrnn._cpp: every size is checked against what the engine will touch before
 // an address is used.
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -11,36 +13,56 @@ using namespace fastrnn;
 
 namespace {
 
-// a * b * ..., or an error where that is no address range.
-template <class... Sizes>
-int64_t product(const char* name, Sizes... sizes) {
-  int64_t result = 1;
-  for (int64_t size : {static_cast<int64_t>(sizes)...}) {
-    if (size < 0) fail(std::string(name) + ": expected sizes of 0 or more");
-    if (__builtin_mul_overflow(result, size, &result)) {
-      fail(std::string(name) + ": more elements than an address can count");
-    }
+// The sizes that a tensor must have. It may lack leading ones that are 1; with `folded`, only the
+// last must be as it is here, and the number of elements.
+class Shape {
+ public:
+  Shape(std::initializer_list<int64_t> sizes, bool folded = false)
+      : n_(static_cast<int>(sizes.size())), folded_(folded) {
+    std::copy(sizes.begin(), sizes.end(), sizes_);
   }
-  if (result > INT64_MAX / 16)
-    fail(std::string(name) + ": more elements than an address can count");
-  return result;
-}
+
+  void check(const Tensor& tensor, const char* name) const {
+    int64_t count = 1;
+    for (int k = 0; k < n_; ++k) {
+      const int64_t size = sizes_[k];
+      if (size < 0) fail(std::string(name) + ": expected sizes of 0 or more");
+      if (__builtin_mul_overflow(count, size, &count) || count > INT64_MAX / 16) {
+        fail(std::string(name) + ": more elements than an address can count");
+      }
+    }
+    const int common = std::min(folded_ ? 1 : n_, tensor.dimensions());
+    bool fits = tensor.count() == count && tensor.dimensions() > 0;
+    for (int k = 1; k <= common; ++k) {
+      fits &= tensor.size(tensor.dimensions() - k) == sizes_[n_ - k];
+    }
+    if (!fits) fail(std::string(name) + ": expected " + text() + ", got " + tensor.shape());
+  }
+
+ private:
+  std::string text() const {
+    std::string all = folded_ ? "the elements and the last size of [" : "[";
+    for (int k = 0; k < n_; ++k) all += (k ? ", " : "") + std::to_string(sizes_[k]);
+    return all + "]";
+  }
+
+  int64_t sizes_[4];
+  int n_;
+  bool folded_;
+};
 
 template <class T>
-T* address_of(const Tensor& tensor, const char* name, int64_t expected) {
-  if (tensor.count() != expected) {
-    fail(std::string(name) + ": expected " + std::to_string(expected) + " elements, got " +
-         std::to_string(tensor.count()));
-  }
+T* address_of(const Tensor& tensor, const char* name, const Shape& shape) {
+  shape.check(tensor, name);
   return tensor.data<T>();
 }
 
-// The address of a tensor that is written to: contiguous, of exactly `expected` elements.
+// The address of a tensor that is written to; it must be contiguous.
 template <class T>
-T* writable(py::handle object, const char* name, int64_t expected) {
+T* writable(py::handle object, const char* name, const Shape& shape) {
   const Tensor tensor(object, name);
   if (!tensor.contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
-  return address_of<T>(tensor, name, expected);
+  return address_of<T>(tensor, name, shape);
 }
 
 // torch may note a minus sign instead of carrying it out.
@@ -50,20 +72,20 @@ bool negated(py::handle object) { return call(object, names().is_neg).ptr() == P
 class Readable {
  public:
   template <class T>
-  const T* address(py::handle object, const char* name, int64_t expected) {
+  const T* address(py::handle object, const char* name, const Shape& shape) {
     const Tensor tensor(object, name);
-    // Counted and typed first, so that nothing is copied in vain.
-    const T* at = address_of<T>(tensor, name, expected);
+    // Checked first, so that nothing is copied in vain.
+    const T* at = address_of<T>(tensor, name, shape);
     if (tensor.contiguous() && !negated(object)) return at;
     copies_.push_back(call(call(object, names().contiguous), names().resolve_neg));
     const Tensor copy(copies_.back(), name);
     if (!copy.contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
-    return address_of<T>(copy, name, expected);
+    return address_of<T>(copy, name, shape);
   }
 
   template <class T>
-  const T* optional(py::handle object, const char* name, int64_t expected) {
-    return object.is_none() ? nullptr : address<T>(object, name, expected);
+  const T* optional(py::handle object, const char* name, const Shape& shape) {
+    return object.is_none() ? nullptr : address<T>(object, name, shape);
   }
 
  private:
@@ -100,7 +122,7 @@ struct Call {
     if (batch_sizes.is_none()) return Rows(N, B, nullptr, 0);
     Readable readable;
     const int64_t T = Tensor(batch_sizes, "batch_sizes").count();
-    return Rows(N, B, readable.address<int64_t>(batch_sizes, "batch_sizes", T), T);
+    return Rows(N, B, readable.address<int64_t>(batch_sizes, "batch_sizes", {{T}}), T);
   }
 
   static const CellInfo& cell_at(const Engine& engine, int cell) {
@@ -129,6 +151,7 @@ struct Call {
            ", H=" + std::to_string(H) + ", P=" + std::to_string(P));
     }
     if (D < 1 || D > kMaxDirections) fail("expected 1 or 2 directions, got " + std::to_string(D));
+    if (P > INT64_MAX / 16 || H > INT64_MAX / 16) fail("expected sizes that an address can count");
   }
 
   template <class T>
@@ -136,33 +159,34 @@ struct Call {
     a.rows = &rows;
     a.I = I, a.H = H, a.P = P, a.D = static_cast<int>(D), a.threads = threads;
     expect_length(weights, D, "weights");
-    const int64_t gate_rows = product("weights", info.gates, H);
+    const int64_t gate_rows = info.gates * H;
     for (int d = 0; d < D; ++d) {
       const auto w = py::cast<py::tuple>(weights[d]);
       expect_length(w, 5, "weights of a direction");
       Weights<T>& to = a.weights[d];
-      to.ih = readable.address<T>(w[0], "weight_ih", product("weight_ih", gate_rows, I));
-      to.hh = readable.address<T>(w[1], "weight_hh", product("weight_hh", gate_rows, P));
-      to.bias_ih = readable.optional<T>(w[2], "bias_ih", gate_rows);
-      to.bias_hh = readable.optional<T>(w[3], "bias_hh", gate_rows);
-      to.hr = readable.optional<T>(w[4], "weight_hr", product("weight_hr", P, H));
+      to.ih = readable.address<T>(w[0], "weight_ih", {{gate_rows, I}});
+      to.hh = readable.address<T>(w[1], "weight_hh", {{gate_rows, P}});
+      to.bias_ih = readable.optional<T>(w[2], "bias_ih", {{gate_rows}});
+      to.bias_hh = readable.optional<T>(w[3], "bias_hh", {{gate_rows}});
+      to.hr = readable.optional<T>(w[4], "weight_hr", {{P, H}});
+      if (!to.bias_ih != !to.bias_hh) fail("expected both bias_ih and bias_hh or neither");
       if (to.hr ? !info.projectable : P != H) {
         fail("expected P == H without weight_hr, and none for a cell that cannot be projected");
       }
       if (!to.hr != !a.weights[0].hr) fail("expected weight_hr in every direction or none");
     }
-    states(state, "state", [&](int k, py::handle item, int64_t size) {
-      a.state[k] = readable.address<T>(item, "state", size);
+    states(state, "state", [&](int k, py::handle item, const Shape& shape) {
+      a.state[k] = readable.address<T>(item, "state", shape);
     });
   }
 
-  // take(k, tensor, elements) for each state of the cell; `tensors` may be None.
+  // take(k, tensor, shape) for each state of the cell; `tensors` may be None.
   template <class Take>
   void states(py::handle tensors, const char* name, const Take& take) const {
     if (tensors.is_none()) return;
     const auto items = py::cast<py::tuple>(tensors);
     expect_length(items, info.states, name);
-    for (int k = 0; k < info.states; ++k) take(k, items[k], product(name, D, B, k ? H : P));
+    for (int k = 0; k < info.states; ++k) take(k, items[k], Shape{{D, B, k ? H : P}});
   }
 };
 
@@ -172,14 +196,15 @@ void forward_as(const Call& c, py::handle x, const py::tuple& weights, py::handl
   Forward<T> a;
   Readable readable;
   c.fill(a, weights, state, readable);
-  a.x = readable.address<T>(x, "x", product("x", c.N, c.I));
-  a.out = writable<T>(out, "out", product("out", c.N, c.D, c.P));
+  a.x = readable.address<T>(x, "x", {{c.N, c.I}, true});
+  a.out = writable<T>(out, "out", {{c.N, c.D * c.P}, true});
   if (final.is_none()) fail("final: expected a tuple, got None");
-  c.states(final, "final", [&](int k, py::handle item, int64_t size) {
-    a.final[k] = writable<T>(item, "final", size);
+  c.states(final, "final", [&](int k, py::handle item, const Shape& shape) {
+    a.final[k] = writable<T>(item, "final", shape);
   });
-  const int64_t kept = product("saved", c.D, c.N, c.info.kept(a.projected()), c.H);
-  if (!saved.is_none()) a.saved = writable<T>(saved, "saved", kept);
+  if (!saved.is_none()) {
+    a.saved = writable<T>(saved, "saved", {{c.D, c.N, c.info.kept(a.projected()), c.H}});
+  }
   py::gil_scoped_release release;
   c.engine.forward(c.cell, a);
 }
@@ -191,21 +216,19 @@ void backward_as(const Call& c, const py::tuple& weights, py::handle state, py::
   Backward<T> a;
   Readable readable;
   c.fill(a, weights, state, readable);
-  const int64_t rows_of_h = product("out", c.N, c.D, c.P);
-  const int64_t kept = product("saved", c.D, c.N, c.info.kept(a.projected()), c.H);
-  a.out = readable.address<T>(out, "out", rows_of_h);
-  a.saved = readable.address<T>(saved, "saved", kept);
-  a.dout = readable.optional<T>(dout, "dout", rows_of_h);
-  c.states(dfinal, "dfinal", [&](int k, py::handle item, int64_t size) {
-    a.dfinal[k] = readable.optional<T>(item, "dfinal", size);
+  a.out = readable.address<T>(out, "out", {{c.N, c.D * c.P}, true});
+  a.saved = readable.address<T>(saved, "saved", {{c.D, c.N, c.info.kept(a.projected()), c.H}});
+  a.dout = readable.optional<T>(dout, "dout", {{c.N, c.D * c.P}, true});
+  c.states(dfinal, "dfinal", [&](int k, py::handle item, const Shape& shape) {
+    a.dfinal[k] = readable.optional<T>(item, "dfinal", shape);
   });
-  a.dpre = writable<T>(dpre, "dpre", product("dpre", c.D, c.N, c.info.slots(), c.H));
-  a.dbias = writable<T>(dbias, "dbias", product("dbias", c.D, c.info.slots(), c.H));
+  a.dpre = writable<T>(dpre, "dpre", {{c.D, c.N, c.info.slots(), c.H}});
+  a.dbias = writable<T>(dbias, "dbias", {{c.D, c.info.slots(), c.H}});
   if (dstate.is_none()) fail("dstate: expected a tuple, got None");
-  c.states(dstate, "dstate", [&](int k, py::handle item, int64_t size) {
-    a.dstate[k] = writable<T>(item, "dstate", size);
+  c.states(dstate, "dstate", [&](int k, py::handle item, const Shape& shape) {
+    a.dstate[k] = writable<T>(item, "dstate", shape);
   });
-  if (a.projected()) a.dh = writable<T>(dh, "dh", product("dh", c.D, c.N, c.P));
+  if (a.projected()) a.dh = writable<T>(dh, "dh", {{c.D, c.N, c.P}});
   py::gil_scoped_release release;
   c.engine.backward(c.cell, a);
 }
@@ -221,11 +244,8 @@ template <class T>
 void matmul_as(const Engine& engine, int threads, const Tensor& a, const Tensor& b, const Tensor& c,
                bool add) {
   if (a.size(1) != b.size(0) || a.size(0) != c.size(0) || b.size(1) != c.size(1)) {
-    const auto shape = [](const Tensor& t) {
-      return std::to_string(t.size(0)) + " x " + std::to_string(t.size(1));
-    };
-    fail("expected [M, K] @ [K, N] into [M, N], got " + shape(a) + ", " + shape(b) + " into " +
-         shape(c));
+    fail("expected [M, K] @ [K, N] into [M, N], got " + a.shape() + " @ " + b.shape() + " into " +
+         c.shape());
   }
   for (const Tensor* t : {&b, &c}) {
     if (t->stride(1) != 1 && t->size(1) > 1 && t->count()) {

@@ -96,7 +96,10 @@ class Tensor {
   Tensor(py::handle object, const char* name) : name_(name) {
     if (const dlpack::Table* table = table_of(Py_TYPE(object.ptr()))) {
       dlpack::Tensor t;
-      if (table->tensor_from_object(object.ptr(), &t)) throw py::error_already_set();
+      if (table->tensor_from_object(object.ptr(), &t)) {
+        PyErr_Clear();  // its message is a trace of torch's own frames
+        fail(std::string(name_) + ": expected a CPU tensor with plain strides");
+      }
       if (t.device != dlpack::kCpu) fail(std::string(name_) + ": expected a CPU tensor");
       take(t.dimensions, [&](int k) { return t.shape[k]; }, [&](int k) { return t.strides[k]; });
       element_ = t.lanes == 1 ? Element{t.code, t.bits} : Element{0xff, 0};
@@ -121,6 +124,12 @@ class Tensor {
   int64_t stride(int k) const { return stride_[k]; }
   int64_t count() const { return count_; }
   Element element() const { return element_; }
+
+  std::string shape() const {
+    std::string all = "[";
+    for (int k = 0; k < dimensions_; ++k) all += (k ? ", " : "") + std::to_string(size_[k]);
+    return all + "]";
+  }
 
   bool contiguous() const {
     int64_t expected = 1;

@@ -129,7 +129,7 @@ class _Layer(torch.autograd.Function):
                 matmul(dgx.t(), rows_x, dw_ih)
             if need_w_hh:
                 dw_hh = _like(w_hh)
-                h0 = None if state is None else state[0][d]
+                h0 = None if state is None else state[0].view(D, batch, P)[d]
                 before = _before(rows_h[:, d * P : (d + 1) * P], h0, batch_sizes, batch, d == 1)
                 if not before:
                     dw_hh.zero_()

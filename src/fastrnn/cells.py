@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -86,6 +87,11 @@ class Cell:
     def slots(self) -> int:
         """Values that the two products give to one unit: ``2 * gates - shared``."""
         return 2 * len(self.gates) - self.shared
+
+    @cached_property
+    def state_range(self) -> range:
+        """Numbers of the states: 0 is h."""
+        return range(len(self.states))
 
     def saved_slots(self, projected: bool) -> int:
         """Values per unit and step that a driver keeps: ``v``, ``s[1:]``, and m if projected."""

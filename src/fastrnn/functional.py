@@ -67,10 +67,12 @@ def rnn(
         if input.dim() != 2:
             raise ValueError(f"expected packed rows of 2 dimensions [N, I], got {input.dim()}")
         batch = check_batch_sizes(batch_sizes, input.shape[0])
+    run = pick(cell, input.dtype, input.device, backend)
+    if len(weights) == 1:
+        return _layer(run, cell, input, weights[0], hx, batch_sizes, batch)
     D = len(weights[0])
     if hx is not None:
         _check_state(cell, hx, (len(weights) * D, batch), weights[0][0], input)
-    run = pick(cell, input.dtype, input.device, backend)
     x = input
     finals: list[State] = []
     for k, directions in enumerate(weights):
@@ -79,8 +81,7 @@ def rnn(
         state = None if hx is None else tuple(s[k * D : (k + 1) * D] for s in hx)
         x, final = _layer(run, cell, x, directions, state, batch_sizes, batch)
         finals.append(final)
-    hn = finals[0] if len(finals) == 1 else tuple(map(torch.cat, zip(*finals, strict=True)))
-    return x, hn
+    return x, tuple(map(torch.cat, zip(*finals, strict=True)))
 
 
 def step(
@@ -104,15 +105,8 @@ def step(
     _refuse_tracing()
     if input.dim() != 2:
         raise ValueError(f"expected an input of 2 dimensions [B, I], got {input.dim()}")
-    batch = input.shape[0]
-    state = None
-    if hx is not None:
-        _check_state(cell, hx, (batch,), weights, input)
-        state = tuple(s.unsqueeze(0) for s in hx)
     run = pick(cell, input.dtype, input.device, backend)
-    _, final = _layer(run, cell, input, (weights,), state, None, batch)
-    # In place: a view could not be detached in place, as truncated backpropagation does.
-    return tuple(s.squeeze_(0) for s in final)
+    return _layer(run, cell, input, (weights,), hx, None, input.shape[0])[1]
 
 
 def _refuse_tracing() -> None:
@@ -136,9 +130,29 @@ def _layer(
     batch_sizes: Tensor | None,
     batch: int,
 ) -> tuple[Tensor, State]:
+    if not run.CHECKS:
+        _check(cell, x, weights, state, batch_sizes, batch)
+    try:
+        return layer(run, cell, x.contiguous(), weights, state, batch_sizes, batch)
+    except (ValueError, IndexError):
+        _check(cell, x, weights, state, batch_sizes, batch)  # says it in the words of our caller
+        raise
+
+
+def _check(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+) -> None:
+    _check_like("input", x, x)
     for direction in weights:
         _check_weights(cell, x, direction, weights[0])
-    return layer(run, cell, x.contiguous(), weights, state, batch_sizes, batch)
+    if state is not None:
+        directions = (len(weights),) if x.dim() == 3 or batch_sizes is not None else ()
+        _check_state(cell, state, (*directions, batch), weights[0], x)
 
 
 def _check_weights(cell: Cell, x: Tensor, weights: Weights, first: Weights) -> None:
@@ -181,6 +195,8 @@ def _check_weight(cell: Cell, name: str, w: Tensor, shape: tuple[int, ...], x: T
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype is not x.dtype:
         raise RuntimeError(f"expected {name} of the input's dtype {x.dtype}, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise RuntimeError(f"expected {name} of layout torch.strided, got {tensor.layout}")
     if tensor.device != x.device:
         raise RuntimeError(
             f"expected all tensors on the input's device {x.device}, got {name} on {tensor.device}"

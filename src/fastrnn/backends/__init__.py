@@ -5,9 +5,10 @@ at once, over rows in time-major order: the rows of step 0, then those of step 1
 dense batch every step has B rows; in a packed one step t has ``batch_sizes[t]``, longest sequences
 first, as in :class:`torch.nn.utils.rnn.PackedSequence`. Direction 1 runs backward in time.
 
-Backends may rely on what :mod:`fastrnn.functional` has checked: shapes, one dtype, one device,
-contiguous ``x``. Sizes: T steps, N rows in all, B rows at the widest step, D directions, input size
-I, hidden size H, and P, the size of h, which is H unless the layer is projected.
+Backends may rely on a contiguous ``x``, and unless they say that they check for themselves, on what
+:mod:`fastrnn.functional` has checked: shapes, one dtype, one device. Sizes: T steps, N rows in all,
+B rows at the widest step, D directions, input size I, hidden size H, and P, the size of h, which is
+H unless the layer is projected.
 
 Backends are imported by :mod:`fastrnn.dispatch` when first chosen and never from here: an import of
 Triton or Numba costs more than torch's own.
@@ -29,7 +30,10 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """``w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H]`` of one direction."""
 
 State = tuple[Tensor, ...]
-"""One tensor per state of the cell: ``h [D, B, P]``, and the others ``[D, B, H]``."""
+"""One tensor per state of the cell: ``h [D, B, P]``, and the others ``[D, B, H]``.
+
+Where ``x`` is one step of a cell, ``[B, I]``, they have no D.
+"""
 
 
 class Gradients(NamedTuple):
@@ -49,7 +53,14 @@ class Gradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a module in :mod:`fastrnn.backends` offers."""
+    """What a module in :mod:`fastrnn.backends` offers.
+
+    Attributes:
+        CHECKS: whether ``forward`` itself raises ValueError where the weights and the state do not
+            fit together and ``x``, in size, dtype or device. Otherwise functional checks first.
+    """
+
+    CHECKS: bool
 
     def missing(self) -> str | None:
         """What is missing for the backend to run at all on this machine; None if nothing."""
@@ -75,7 +86,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor, State, Tensor | None]:
         """Run a layer: ``x [*, I]`` to ``out [*, D*P]``, the final state, and what is saved.
 
-        ``*`` is ``T, B`` in a dense batch (``B`` alone for one step) and ``N`` in a packed one.
+        ``*`` is ``T, B`` in a dense batch, ``B`` alone for one step of a cell, and ``N`` in a
+        packed batch.
 
         ``state=None`` is a zero state. ``saved`` has the shape ``[D, N, cell.saved_slots, H]``: v,
         s[1:] before the step, and the cell's own output m if projected; None unless ``save``.

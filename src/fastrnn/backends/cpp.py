@@ -20,7 +20,19 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = ["backward", "describe", "empty_cache", "forward", "matmul", "missing", "refuses"]
+__all__ = [
+    "CHECKS",
+    "backward",
+    "describe",
+    "empty_cache",
+    "forward",
+    "matmul",
+    "missing",
+    "refuses",
+]
+
+
+CHECKS = True
 
 
 def missing() -> str | None:
@@ -86,13 +98,16 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, State, Tensor | None]:
     *leading, size = x.shape
-    N, D = math.prod(leading), len(weights)
-    P = weights[0][1].shape[1]
-    H = weights[0][1].shape[0] // len(cell.gates)
-    projected = weights[0][4] is not None
-    out = x.new_empty(*leading, D * P)
-    final = tuple(x.new_empty(D, batch, H if k else P) for k in range(len(cell.states)))
-    saved = _workspace(x, D, N, cell.saved_slots(projected), H) if save else None
+    D = len(weights)
+    rows, P = weights[0][1].shape
+    H = rows // len(cell.gates)
+    N = math.prod(leading)
+    directions = (D,) if len(leading) == 2 or batch_sizes is not None else ()
+    out = x.new_empty((*leading, D * P))
+    final = tuple([x.new_empty((*directions, batch, H if k else P)) for k in cell.state_range])
+    saved = None
+    if save:
+        saved = _workspace(x, D, N, cell.saved_slots(weights[0][4] is not None), H)
     _cpp.forward(
         isa(),
         _index(cell),
@@ -130,7 +145,8 @@ def backward(
     projected = weights[0][4] is not None
     dpre = _workspace(out, D, N, cell.slots, H)
     dbias = out.new_empty(D, cell.slots, H)
-    dstate = tuple(out.new_empty(D, batch, H if k else P) for k in range(len(cell.states)))
+    directions = (D,) if out.dim() == 3 or batch_sizes is not None else ()
+    dstate = tuple([out.new_empty((*directions, batch, H if k else P)) for k in cell.state_range])
     dh = out.new_empty(D, N, P) if projected else None
     _cpp.backward(
         isa(),

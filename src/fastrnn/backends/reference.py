@@ -19,7 +19,18 @@ from fastrnn.backends import Gradients, State, Weights
 from fastrnn.cells import Cell
 from fastrnn.rows import previous, steps
 
-__all__ = ["backward", "describe", "empty_cache", "forward", "matmul", "missing", "refuses"]
+__all__ = [
+    "CHECKS",
+    "backward",
+    "describe",
+    "empty_cache",
+    "forward",
+    "matmul",
+    "missing",
+    "refuses",
+]
+
+CHECKS = False
 
 
 def missing() -> str | None:
@@ -73,10 +84,12 @@ def forward(
     N, D, G, shared = x.shape[0], len(weights), len(cell.gates), cell.shared
     H, P = weights[0][1].shape[0] // G, weights[0][1].shape[1]
     projected = weights[0][4] is not None
-    if state is None:
-        final = tuple(x.new_zeros(D, batch, H if k else P) for k in range(len(cell.states)))
-    else:
-        final = tuple(s.clone() for s in state)
+    directions = (D,) if len(leading) == 2 or batch_sizes is not None else ()
+    result = tuple(x.new_zeros(*directions, batch, H if k else P) for k in cell.state_range)
+    if state is not None:
+        for new, old in zip(result, state, strict=True):
+            new.copy_(old)
+    final = [s.view(D, batch, H if k else P) for k, s in enumerate(result)]
     out = x.new_empty(N, D, P)
     saved = x.new_empty(D, N, cell.saved_slots(projected), H) if save else None
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
@@ -94,7 +107,7 @@ def forward(
             out[rows, d] = h
             for old, new in zip(running, (h, *y[1:]), strict=True):
                 old.copy_(new)
-    return out.view(*leading, D * P), final, saved
+    return out.view(*leading, D * P), result, saved
 
 
 @_in_own_dtype
@@ -112,16 +125,20 @@ def backward(
     (D, N, _, H), G, shared = saved.shape, len(cell.gates), cell.shared
     P = weights[0][1].shape[1]
     projected = weights[0][4] is not None
+    directions = (D,) if out.dim() == 3 or batch_sizes is not None else ()
     out = out.view(N, D, P)
     dout = out.new_zeros(N, D, P) if dout is None else dout.reshape(N, D, P)
-    dstate = tuple(
-        out.new_zeros(D, batch, H if k else P) if g is None else g.clone()
+    result = tuple(
+        out.new_zeros(*directions, batch, H if k else P)
+        if g is None
+        else g.clone(memory_format=torch.contiguous_format)
         for k, g in enumerate(dfinal)
     )
+    dstate = [g.view(D, batch, H if k else P) for k, g in enumerate(result)]
     dpre = saved.new_empty(D, N, cell.slots, H)
     dh = saved.new_empty(D, N, P) if projected else None
     for d, (_, w_hh, _, _, w_hr) in enumerate(weights):
-        h0 = out.new_zeros(batch, P) if state is None else state[0][d]
+        h0 = out.new_zeros(batch, P) if state is None else state[0].view(D, batch, P)[d]
         h_before = previous(out[:, d], h0, batch_sizes, reverse=d == 1)
         for rows in reversed(steps(N, batch, batch_sizes, reverse=d == 1)):
             running = [s[d, : rows.stop - rows.start] for s in dstate]
@@ -142,7 +159,7 @@ def backward(
                 running[0].add_(ds[0])
             for old, new in zip(running[1:], ds[1:], strict=True):
                 old.zero_() if new is None else old.copy_(new)
-    return Gradients(dpre, dpre.sum(1), dstate, dh)
+    return Gradients(dpre, dpre.sum(1), result, dh)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
