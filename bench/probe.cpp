@@ -21,7 +21,9 @@ volatile float g_sink;
 // A loop over independent chains of multiply-adds, as many as hide their latency.
 template <class V, int kChains>
 [[gnu::always_inline]] inline double multiply_adds(int64_t rounds) {
-  V sum[kChains] = {}, a = V{} + 0.999f, b = V{} + 1e-7f;
+  V sum[kChains], a = V{} + 0.999f, b = V{} + 1e-7f;
+  // Chains that began alike would be computed once.
+  for (int c = 0; c < kChains; ++c) sum[c] = V{} + 1e-3f * c;
   for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c) sum[c] = sum[c] * a + b;

@@ -44,7 +44,7 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("seq_len", 128, "characters per training step and stream"),
     ("lr", 3e-3, "Adam's learning rate"),
     ("seed", 0, "of the initial weights, of dropout and of the writing"),
-    ("steps", 750, "training steps in all, those of a resumed checkpoint included"),
+    ("steps", 500, "training steps in all, those of a resumed checkpoint included"),
 ]
 CLIP = 1.0
 SAVE_EVERY = 200
