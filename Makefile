@@ -39,15 +39,14 @@ bench: build/probe $(VENV)/.bench ## measure fastrnn against torch.nn and every 
 	$(bench) --probe build/probe --memory --benchmark-json build/bench/results.json bench
 	$(bin)/python bench/report.py build/bench/results.json
 
-readme: ## write the last run of `make bench` into README and docs/
-	$(bin)/python bench/report.py build/bench/results.json --readme
+readme: ## write the last run of `make bench`, and of bench-loaded, into README.md and docs/
+	$(bin)/python bench/report.py build/bench/results.json --readme \
+		--beside $(wildcard build/bench/busy.json build/bench/one-core.json)
 
 bench-loaded: build/probe $(VENV)/.bench ## measure against torch.nn on busy cores, and on one core
 	@mkdir -p build/bench
 	$(bench) --peers torch.nn --seconds 1 --busy --benchmark-json build/bench/busy.json bench
 	$(bench) --peers torch.nn --seconds 1 --cores 1 --benchmark-json build/bench/one-core.json bench
-	$(bin)/python bench/report.py build/bench/results.json \
-		--beside build/bench/busy.json build/bench/one-core.json
 
 bench-compare: $(VENV)/.bench ## measure this tree against another commit: BASE=rev
 	$(bin)/python bench/compare.py $(BASE)

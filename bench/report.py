@@ -213,12 +213,30 @@ class Report:
             for (name, why), rs in reasons.items()
         ]
 
-    def markdown(self) -> str:
+    def beside(self, others: dict[str, Report]) -> list[str]:
+        """The ratio against torch.nn here and under other conditions, where it falls most."""
+        names = " | ".join(others)
+        lines = [
+            f"| cell | pass | (T, B, I, H) | | here | {names} |",
+            "|---|---|---|---|---:|" + "---:|" * len(others),
+        ]
+        for r in self.results:
+            ratios = [o.by_key[r.key].ratios["torch.nn"] for o in others.values() if r.key in o.by_key]
+            if len(ratios) == len(others):
+                shown = " | ".join(f"{x:.2f}" for x in ratios)
+                lines.append(
+                    f"| {r.cell} | {r.which} | {r.shape} | {r.variant} "
+                    f"| {r.ratios['torch.nn']:.2f} | {shown} |"
+                )
+        return lines
+
+    def markdown(self, others: dict[str, Report]) -> str:
         parts = [
             ("", self.heading()),
             ("Geometric means over the eleven even shapes", self.means()),
             ("All cases", self.table()),
             ("Odd shapes", self.odd_shapes()),
+            ("Against torch.nn under other conditions", self.beside(others) if others else []),
             ("Page faults of a warm training step", self.faults()),
             ("Peers that have no answer", self.absent()),
         ]
@@ -394,11 +412,16 @@ def replace_between(text: str, mark: str, new: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
+    parser.add_argument(
+        "--beside", type=Path, nargs="*", default=[], help="results under other conditions"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--readme", action="store_true")
     args = parser.parse_args()
-    report = Report(json.loads(args.results.read_text()))
-    text = report.markdown()
+    report, *others = (
+        Report(json.loads(path.read_text())) for path in (args.results, *args.beside)
+    )
+    text = report.markdown({p.stem: o for p, o in zip(args.beside, others, strict=True)})
     print(text)
     out = ROOT / "docs" / "benchmarks" if args.readme else args.out
     out.mkdir(parents=True, exist_ok=True)
