@@ -221,7 +221,9 @@ class Report:
             "|---|---|---|---|---:|" + "---:|" * len(others),
         ]
         for r in self.results:
-            ratios = [o.by_key[r.key].ratios["torch.nn"] for o in others.values() if r.key in o.by_key]
+            ratios = [
+                o.by_key[r.key].ratios["torch.nn"] for o in others.values() if r.key in o.by_key
+            ]
             if len(ratios) == len(others):
                 shown = " | ".join(f"{x:.2f}" for x in ratios)
                 lines.append(

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -65,18 +66,25 @@ T* writable(py::handle object, const char* name, const Shape& shape) {
   return address_of<T>(tensor, name, shape);
 }
 
-// torch may note a minus sign instead of carrying it out.
+// torch may note a minus sign instead of carrying it out. The question costs as much as all others
+// together, and is not asked of weights: only a tensor that was made by torch's private _neg_view
+// can be contiguous and negated, or one of a single element.
 bool negated(py::handle object) { return call(object, names().is_neg).ptr() == Py_True; }
 
 // The address of a tensor that is read, or of a contiguous copy. The copies live as long as this.
 class Readable {
  public:
   template <class T>
-  const T* address(py::handle object, const char* name, const Shape& shape) {
+  const T* weight(py::handle object, const char* name, const Shape& shape) {
+    return object.is_none() ? nullptr : address<T>(object, name, shape, false);
+  }
+
+  template <class T>
+  const T* address(py::handle object, const char* name, const Shape& shape, bool data = true) {
     const Tensor tensor(object, name);
     // Checked first, so that nothing is copied in vain.
     const T* at = address_of<T>(tensor, name, shape);
-    if (tensor.contiguous() && !negated(object)) return at;
+    if (tensor.contiguous() && !(data && negated(object))) return at;
     copies_.push_back(call(call(object, names().contiguous), names().resolve_neg));
     const Tensor copy(copies_.back(), name);
     if (!copy.contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
@@ -108,6 +116,17 @@ const Engine& engine_named(const std::string& name) {
   }
   fail("no engine was compiled for " + name);
 }
+
+// Lets other Python threads run, where the work is longer than giving the lock away and taking it.
+class WithoutGil {
+ public:
+  explicit WithoutGil(double flops) {
+    if (flops > 2e5) release_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
+};
 
 // What forward and backward are both told of a layer.
 struct Call {
@@ -154,6 +173,8 @@ struct Call {
     if (P > INT64_MAX / 16 || H > INT64_MAX / 16) fail("expected sizes that an address can count");
   }
 
+  double flops() const { return 2.0 * D * N * info.gates * H * (I + P); }
+
   template <class T>
   void fill(Layer<T>& a, const py::tuple& weights, py::handle state, Readable& readable) const {
     a.rows = &rows;
@@ -164,11 +185,12 @@ struct Call {
       const auto w = py::cast<py::tuple>(weights[d]);
       expect_length(w, 5, "weights of a direction");
       Weights<T>& to = a.weights[d];
-      to.ih = readable.address<T>(w[0], "weight_ih", {{gate_rows, I}});
-      to.hh = readable.address<T>(w[1], "weight_hh", {{gate_rows, P}});
-      to.bias_ih = readable.optional<T>(w[2], "bias_ih", {{gate_rows}});
-      to.bias_hh = readable.optional<T>(w[3], "bias_hh", {{gate_rows}});
-      to.hr = readable.optional<T>(w[4], "weight_hr", {{P, H}});
+      to.ih = readable.weight<T>(w[0], "weight_ih", {{gate_rows, I}});
+      to.hh = readable.weight<T>(w[1], "weight_hh", {{gate_rows, P}});
+      to.bias_ih = readable.weight<T>(w[2], "bias_ih", {{gate_rows}});
+      to.bias_hh = readable.weight<T>(w[3], "bias_hh", {{gate_rows}});
+      to.hr = readable.weight<T>(w[4], "weight_hr", {{P, H}});
+      if (!to.ih || !to.hh) fail("expected weight_ih and weight_hh, got None");
       if (!to.bias_ih != !to.bias_hh) fail("expected both bias_ih and bias_hh or neither");
       if (to.hr ? !info.projectable : P != H) {
         fail("expected P == H without weight_hr, and none for a cell that cannot be projected");
@@ -205,7 +227,7 @@ void forward_as(const Call& c, py::handle x, const py::tuple& weights, py::handl
   if (!saved.is_none()) {
     a.saved = writable<T>(saved, "saved", {{c.D, c.N, c.info.kept(a.projected()), c.H}});
   }
-  py::gil_scoped_release release;
+  const WithoutGil release(c.flops());
   c.engine.forward(c.cell, a);
 }
 
@@ -229,7 +251,7 @@ void backward_as(const Call& c, const py::tuple& weights, py::handle state, py::
     a.dstate[k] = writable<T>(item, "dstate", shape);
   });
   if (a.projected()) a.dh = writable<T>(dh, "dh", {{c.D, c.N, c.P}});
-  py::gil_scoped_release release;
+  const WithoutGil release(c.flops());
   c.engine.backward(c.cell, a);
 }
 
@@ -259,7 +281,7 @@ void matmul_as(const Engine& engine, int threads, const Tensor& a, const Tensor&
   m.c = c.data<T>(), m.c_row = c.stride(0);
   m.add = add;
   m.threads = set_threads(threads);
-  py::gil_scoped_release release;
+  const WithoutGil release(2.0 * m.M * m.N * m.K);
   engine.matmul(m);
 }
 

@@ -114,8 +114,8 @@ class _Layer(torch.autograd.Function):
         grads: list[Tensor | None] = []
         matmul = ctx.backend.matmul
         for d, (w_ih, w_hh, _, _, w_hr) in enumerate(weights):
-            slots = dpre[d].flatten(1)
-            dgx = slots[:, : G * H]
+            slots = _direction(dpre, d, D, -1, cell.slots * H)
+            dgx = _columns(slots, 0, G * H)
             need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = need[
                 d * PER_DIRECTION : (d + 1) * PER_DIRECTION
             ]
@@ -129,20 +129,26 @@ class _Layer(torch.autograd.Function):
                 matmul(dgx.t(), rows_x, dw_ih)
             if need_w_hh:
                 dw_hh = _like(w_hh)
-                h0 = None if state is None else state[0].view(D, batch, P)[d]
-                before = _before(rows_h[:, d * P : (d + 1) * P], h0, batch_sizes, batch, d == 1)
+                h0 = None if state is None else _direction(state[0], d, D, batch, P)
+                h = _columns(rows_h, d * P, (d + 1) * P)
+                before = _before(h, h0, batch_sizes, batch, d == 1)
                 if not before:
                     dw_hh.zero_()
-                for k, (rows, h) in enumerate(before):
-                    matmul(slots[rows, : shared * H].t(), h, dw_hh[: shared * H], k > 0)
+                for k, (first, last, h) in enumerate(before):
+                    part = _rows(slots, first, last)
+                    shared_part = _columns(part, 0, shared * H)
+                    matmul(shared_part.t(), h, _rows(dw_hh, 0, shared * H), k > 0)
                     if shared < G:
-                        matmul(slots[rows, G * H :].t(), h, dw_hh[shared * H :], k > 0)
+                        matmul(part[:, G * H :].t(), h, dw_hh[shared * H :], k > 0)
             if need_w_hr and w_hr is not None and dh is not None:
                 dw_hr = _like(w_hr)
                 matmul(dh[d].t(), saved[d, :, -1], dw_hr)
             # Two tensors, not two views of one: each may become some parameter's .grad.
-            db_ih = dbias[d, :G].flatten() if need_b_ih else None
-            db_hh = torch.cat([dbias[d, :shared], dbias[d, G:]]).flatten() if need_b_hh else None
+            db = _direction(dbias, d, D, cell.slots * H)
+            db_ih = _rows(db, 0, G * H) if need_b_ih else None
+            db_hh = None
+            if need_b_hh:
+                db_hh = db.clone() if shared == G else torch.cat([db[: shared * H], db[G * H :]])
             grads += [dw_ih, dw_hh, db_ih, db_hh, dw_hr]
         if state is not None:
             grads += [
@@ -176,8 +182,8 @@ def _unflatten(D: int, tensors: Sequence[Tensor]) -> tuple[list[Weights], State 
 
 def _before(
     h: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, batch: int, reverse: bool
-) -> list[tuple[slice, Tensor]]:
-    """The h that each row's recurrent product read, as pairs of rows and their values.
+) -> list[tuple[int, int, Tensor]]:
+    """The h that the recurrent product read: for rows [first, last) their values.
 
     In a dense batch these are the rows of h one step away, so nothing is copied; a missing ``h0``
     is zero and adds nothing.
@@ -185,13 +191,29 @@ def _before(
     N = h.shape[0]
     if batch_sizes is not None:
         first = h.new_zeros(batch, h.shape[1]) if h0 is None else h0
-        return [(slice(0, N), previous(h, first, batch_sizes, reverse))]
+        return [(0, N, previous(h, first, batch_sizes, reverse))]
     last = N - batch
-    inner, outer = (slice(0, last), slice(last, N)) if reverse else (slice(batch, N), slice(batch))
-    pairs = [] if last <= 0 else [(inner, h[batch:] if reverse else h[:last])]
+    parts = []
+    if last > 0:
+        parts.append((0, last, h[batch:]) if reverse else (batch, N, h[:last]))
     if h0 is not None:
-        pairs.append((outer, h0))
-    return pairs
+        parts.append((last, N, h0) if reverse else (0, batch, h0))
+    return parts
+
+
+# A view costs more than a small product: what is whole is not cut.
+
+
+def _direction(t: Tensor, d: int, D: int, *shape: int) -> Tensor:
+    return (t if D == 1 else t[d]).view(shape)
+
+
+def _rows(t: Tensor, first: int, last: int) -> Tensor:
+    return t if last - first == t.shape[0] else t[first:last]
+
+
+def _columns(t: Tensor, first: int, last: int) -> Tensor:
+    return t if last - first == t.shape[1] else t[:, first:last]
 
 
 def _like(w: Tensor) -> Tensor:

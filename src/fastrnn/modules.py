@@ -201,11 +201,15 @@ class RNNBase(nn.RNNBase):
         elif self.batch_first:
             input = input.transpose(0, 1)
         self._check_input(input, weights[0][0][0])
-        if state is not None:
-            self._check_state(cell, state, input.shape[1])
-        output, final = functional.rnn(
-            cell, input, weights, state, dropout=self.dropout, training=self.training
-        )
+        try:
+            output, final = functional.rnn(
+                cell, input, weights, state, dropout=self.dropout, training=self.training
+            )
+        except RuntimeError:
+            # Checked below already, at no cost to a call that is right; here in torch's words.
+            if state is not None:
+                self._check_state(cell, state, input.shape[1])
+            raise
         if dim == 2:
             output = output.squeeze(1)
             final = tuple(s.squeeze(1) for s in final)
@@ -258,13 +262,14 @@ class RNNBase(nn.RNNBase):
     def _check_rank(self, cell: Cell, hx: Any, dim: int) -> State:
         """``hx`` as one batched tensor per state."""
         state = _as_state(cell, hx)
-        if any(s.dim() != dim for s in state):
-            which = "batched 3-D" if dim == 3 else "unbatched 2-D"
-            names = "hx" if len(state) == 1 else "hx and cx"
-            got = ", ".join(f"{s.dim()}-D" for s in state)
-            raise RuntimeError(
-                f"For {which} input, {names} should also be {dim}-D but got ({got}) tensors"
-            )
+        for s in state:
+            if s.dim() != dim:
+                which = "batched 3-D" if dim == 3 else "unbatched 2-D"
+                names = "hx" if len(state) == 1 else "hx and cx"
+                got = ", ".join(f"{s.dim()}-D" for s in state)
+                raise RuntimeError(
+                    f"For {which} input, {names} should also be {dim}-D but got ({got}) tensors"
+                )
         return state if dim == 3 else tuple(s.unsqueeze(1) for s in state)
 
     def _check_state(self, cell: Cell, state: State, batch: int) -> None:
@@ -300,9 +305,12 @@ class RNNBase(nn.RNNBase):
 
 
 def _lookup(module: nn.Module, names: Sequence[str]) -> list[Any]:
-    """Attributes by name; a parameter is found without the cost of ``nn.Module.__getattr__``."""
+    """Attributes by name; parameters are found without the cost of ``nn.Module.__getattr__``."""
     parameters = module._parameters
-    return [getattr(module, name) if (p := parameters.get(name)) is None else p for name in names]
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:
+        return [getattr(module, name) for name in names]
 
 
 def _as_state(cell: Cell, hx: Any) -> State:

@@ -98,13 +98,17 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, State, Tensor | None]:
     *leading, size = x.shape
-    D = len(weights)
-    rows, P = weights[0][1].shape
+    D, (rows, P) = len(weights), weights[0][1].shape
     H = rows // len(cell.gates)
-    N = math.prod(leading)
-    directions = (D,) if len(leading) == 2 or batch_sizes is not None else ()
-    out = x.new_empty((*leading, D * P))
-    final = tuple([x.new_empty((*directions, batch, H if k else P)) for k in cell.state_range])
+    N = leading[0] * leading[-1] if len(leading) == 2 else leading[0]
+    # Sizes one by one: new_empty takes longer to read a tuple than to make the tensor.
+    out = x.new_empty(*leading, D * P)
+    if len(leading) == 2 or batch_sizes is not None:
+        final = [x.new_empty(D, batch, H if k else P) for k in cell.state_range]
+    else:
+        final = [x.new_empty(batch, H if k else P) for k in cell.state_range[1:]]
+        # The only h of one step is the output, unless autograd must be able to tell them apart.
+        final.insert(0, x.new_empty(batch, P) if save else out)
     saved = None
     if save:
         saved = _workspace(x, D, N, cell.saved_slots(weights[0][4] is not None), H)
@@ -123,10 +127,10 @@ def forward(
         tuple(weights),
         state,
         out,
-        final,
+        tuple(final),
         saved,
     )
-    return out, final, saved
+    return out, tuple(final), saved
 
 
 def backward(
@@ -146,7 +150,7 @@ def backward(
     dpre = _workspace(out, D, N, cell.slots, H)
     dbias = out.new_empty(D, cell.slots, H)
     directions = (D,) if out.dim() == 3 or batch_sizes is not None else ()
-    dstate = tuple([out.new_empty((*directions, batch, H if k else P)) for k in cell.state_range])
+    dstate = tuple([out.new_empty(*directions, batch, H if k else P) for k in cell.state_range])
     dh = out.new_empty(D, N, P) if projected else None
     _cpp.backward(
         isa(),
