@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -78,6 +79,21 @@ constexpr double kCoreCache = 1 << 20;
 // So many rows per thread hide the time their weights take to arrive.
 constexpr int64_t kRowsThatHideWeights = 8;
 
+using Clock = std::chrono::steady_clock;
+
+// Some microseconds; a step that is worth sharing takes about as long.
+constexpr int kSpins = 200;
+// A wait that only a scheduler explains; so many of them in one call say that the cores are shared.
+constexpr auto kLongWait = std::chrono::microseconds(200);
+constexpr int kLongWaits = 3;
+constexpr auto kShared = std::chrono::milliseconds(500);
+std::atomic<Clock::rep> g_shared_until{0};
+
+bool cores_are_shared() {
+  const Clock::rep until = g_shared_until.load(std::memory_order_relaxed);
+  return until && Clock::now().time_since_epoch().count() < until;
+}
+
 // The OpenMP runtime ends the process when it cannot start what it was asked for.
 constexpr int kMostThreads = 4096;
 
@@ -102,7 +118,7 @@ Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, double flo
     const double step = flops * static_cast<double>(B);
     const bool idle = sequences < threads;
     const bool starved = bytes > kCoreCache && B < kRowsThatHideWeights * threads && D < threads;
-    units = (idle || starved) && step > kStepFlops * threads;
+    units = (idle || starved) && step > kStepFlops * threads && !cores_are_shared();
   }
   if (units) {
     for (int d = 0; d < D; ++d) tasks.push_back({0, d, 0, B});
@@ -237,18 +253,26 @@ void Barrier::wait(int team) {
     phase_.store(phase + 1, std::memory_order_release);
     return;
   }
-  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < 2000) {
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (phase_.load(std::memory_order_acquire) != phase) return;
 #if defined(__x86_64__) || defined(__i386__)
-      __builtin_ia32_pause();
+    __builtin_ia32_pause();
 #elif defined(__aarch64__)
-      asm volatile("yield");
+    asm volatile("yield");
 #endif
-    } else {
+  }
+  wait_long(phase);
+}
+
+void Barrier::wait_long(int phase) {
+  const auto start = Clock::now();
+  while (phase_.load(std::memory_order_acquire) == phase) {
 #ifdef FASTRNN_POSIX
-      sched_yield();
+    sched_yield();
 #endif
-    }
+  }
+  if (Clock::now() - start > kLongWait && ++long_waits_ == kLongWaits) {
+    g_shared_until.store((Clock::now() + kShared).time_since_epoch().count());
   }
 }
 

@@ -185,14 +185,18 @@ class Carver {
 };
 
 // Threads that meet once a step. Spins for a bounded time and then gives its core away, because a
-// partner that the scheduler has put aside may be gone for milliseconds.
+// partner that the scheduler has put aside may be gone for milliseconds. Where that happens again
+// and again, other programs want the cores, and for a while no plan is made that shares steps.
 class Barrier {
  public:
   void wait(int team);
 
  private:
+  void wait_long(int phase);
+
   alignas(128) std::atomic<int> arrived_{0};
   alignas(128) std::atomic<int> phase_{0};
+  std::atomic<int> long_waits_{0};
 };
 
 // Calls job(context, thread, team, barrier) on `threads` threads of the OpenMP pool, or fewer: a
