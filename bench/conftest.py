@@ -23,16 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=min(2, os.cpu_count() or 1))
     group.addoption("--seconds", type=float, default=2.0, help="to spend on a case, about")
     group.addoption("--peers", default=",".join(p.name for p in PEERS), help="names, with commas")
-    group.addoption("--cores", type=int, help="restrict the process to so many")
     group.addoption("--busy", action="store_true", help="keep all cores busy beside it")
     group.addoption("--probe", help="the program built from probe.cpp")
     group.addoption("--memory", action="store_true", help="measure memory too")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # Before any library makes a thread: those keep what they began with.
-    if cores := config.getoption("--cores"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -73,7 +74,8 @@ namespace {
 // Below this much arithmetic, waking the pool costs more than a second thread saves.
 constexpr double kSerialFlops = 5e5;
 // A step shared by threads must bring each of them this much, or the barrier eats the gain.
-constexpr double kStepFlops = 5e4;
+constexpr double kStepFlops = 1.5e4;
+constexpr double kFirstCache = 32 << 10;
 // What one core keeps to itself; weights beyond it come over a shared path again at every step.
 constexpr double kCoreCache = 1 << 20;
 // So many rows per thread hide the time their weights take to arrive.
@@ -115,10 +117,15 @@ Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, double flo
   threads = threads_for(flops * static_cast<double>(rows.N) * D, wanted);
   const int64_t sequences = B * D;
   if (threads > 1 && may_split_units) {
-    const double step = flops * static_cast<double>(B);
-    const bool idle = sequences < threads;
+    // Time of a step, in rows at the tile's full speed: weights beyond the first cache take as long
+    // to arrive as four rows.
+    const double arrival = bytes > kFirstCache ? 4 : 1;
+    const auto cost = [&](double rows) { return std::max(arrival, rows); };
+    const double shared = D * cost(static_cast<double>(B)) / threads;
+    const double alone = cost(std::ceil(static_cast<double>(sequences) / threads));
     const bool starved = bytes > kCoreCache && B < kRowsThatHideWeights * threads && D < threads;
-    units = (idle || starved) && step > kStepFlops * threads && !cores_are_shared();
+    const double step = flops * static_cast<double>(B);
+    units = (shared < 0.9 * alone || starved) && step > kStepFlops * threads && !cores_are_shared();
   }
   if (units) {
     for (int d = 0; d < D; ++d) tasks.push_back({0, d, 0, B});
