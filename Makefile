@@ -45,7 +45,8 @@ readme: ## write the last run of `make bench`, and of bench-loaded, into README.
 
 # torch.nn takes a second a call at some of the other cases when the cores are busy.
 loaded := $(bench) --peers torch.nn --seconds 0.5 \
-	-k "100x1x512x512 or 100x1x256x256 or 100x32x64x64 or 60x3x23x127 or 200x128x128x128"
+	-k "(100x1x512x512 or 100x1x256x256 or 100x32x64x64 or 60x3x23x127 or 200x128x128x128) \
+	and not (layers or bidirectional or packed or thread)"
 bench-loaded: build/probe $(VENV)/.bench ## measure against torch.nn on busy cores, and on one core
 	@mkdir -p build/bench
 	taskset -c 0 $(loaded) --benchmark-json build/bench/one-core.json bench

@@ -126,7 +126,7 @@ class Report:
         for threads, probe in self.ours["probe"].items():
             if probe:
                 lines.append(
-                    f"- measured limit of {threads} thread{'s'[: int(threads) > 1]}: "
+                    f"- measured limit of {threads} thread{'' if threads == '1' else 's'}: "
                     f"{probe['flops'] / 1e9:.0f} GFLOP/s; reading "
                     + ", ".join(
                         f"{rate / 1e9:.0f} GB/s from {size >> 10} KiB"
