@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from cases import ODD, cases, geometric_mean, problem
-from peers import OURS
+from peers import OURS, SAMPLE, rest, timed
 from rich.console import Console
 from rich.progress import track
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = 2e-3
 
 
 def serve(threads: int) -> None:
@@ -42,17 +41,9 @@ def serve(threads: int) -> None:
             case = by_name[name]
             torch.set_num_threads(case.threads or threads)
             run = OURS.prepare(case, problem(case), threads)
-            seconds = min(sample(run, 2) for _ in range(3))
-            repeats = max(1, round(SAMPLE / seconds))
-        print(json.dumps(sample(run, repeats)), flush=True)
-
-
-def sample(run: Any, repeats: int) -> float:
-    run()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - start) / repeats
+            repeats = max(1, round(SAMPLE / min(timed(run, 2) for _ in range(3))))
+        rest(run)
+        print(json.dumps(timed(run, repeats)), flush=True)
 
 
 class Server:

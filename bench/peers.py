@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -32,6 +33,26 @@ class Peer(Protocol):
 
     def results(self, raw: Any) -> list[Tensor]:
         """What a run gave: the output, in training then the gradients in order of leaves."""
+
+
+# Idle threads of OpenMP spin for some milliseconds after a call, on a core that the next one needs.
+REST = 5e-3
+# A sample shorter than this is repeated: the clock, and an interrupt, would weigh too much.
+SAMPLE = 1e-3
+
+
+def rest(run: Run) -> None:
+    """Wait until the threads of whoever ran before are asleep, and wake one's own."""
+    time.sleep(REST)
+    run()
+
+
+def timed(run: Run, repeats: int) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
 
 
 def missing(peer: Peer) -> str | None:

@@ -8,7 +8,6 @@ Everybody's results are compared with torch.nn's first.
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any
 
 import peers
@@ -16,10 +15,6 @@ import pytest
 import torch
 from cases import Case, cases, flops, problem, recurrent_bytes
 
-# Idle threads of OpenMP spin for some milliseconds after a call, on a core that the next one needs.
-REST = 5e-3
-# A sample shorter than this is repeated: the clock, and an interrupt, would weigh too much.
-SAMPLE = 1e-3
 ROUNDS = (7, 40)
 
 
@@ -45,33 +40,22 @@ def test_speed(
         runs[peer.name] = peer.prepare(case, numbers, threads)
         peers.check(peer, peer.results(runs[peer.name]()), expected)
 
-    def timed(name: str, repeats: int) -> float:
-        run = runs[name]
-        start = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        return (time.perf_counter() - start) / repeats
-
-    once = {name: min(timed(name, 2) for _ in range(3)) for name in runs}
-    repeats = {name: max(1, round(SAMPLE / seconds)) for name, seconds in once.items()}
+    once = {name: min(peers.timed(run, 2) for _ in range(3)) for name, run in runs.items()}
+    repeats = {name: max(1, round(peers.SAMPLE / seconds)) for name, seconds in once.items()}
     ours, *others = runs
     samples: dict[str, list[float]] = {name: [] for name in runs}
 
-    def rest(name: str) -> None:
-        time.sleep(REST)
-        runs[name]()
-
     def turns() -> None:
         for name in others:
-            rest(name)
-            samples[name].append(timed(name, repeats[name]))
-        rest(ours)
+            peers.rest(runs[name])
+            samples[name].append(peers.timed(runs[name], repeats[name]))
+        peers.rest(runs[ours])
 
     def turn() -> None:
-        samples[ours].append(timed(ours, repeats[ours]))
+        samples[ours].append(peers.timed(runs[ours], repeats[ours]))
 
     turns(), turn()
-    round_takes = sum(REST + once[n] * (repeats[n] + 1) for n in runs)
+    round_takes = sum(peers.REST + once[n] * (repeats[n] + 1) for n in runs)
     rounds = round(request.config.getoption("--seconds") / round_takes)
     least, most = ROUNDS
     for values in samples.values():
