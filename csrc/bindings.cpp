@@ -1,5 +1,5 @@
 // The Python module fastrnn._cpp: every size is checked against what the engine will touch before
-// an address is used.
+// an address is used, and results are made here.
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
@@ -58,12 +58,31 @@ T* address_of(const Tensor& tensor, const char* name, const Shape& shape) {
   return tensor.data<T>();
 }
 
-// The address of a tensor that is written to; it must be contiguous.
+// The address of a tensor that was made to be written to.
 template <class T>
-T* writable(py::handle object, const char* name, const Shape& shape) {
-  const Tensor tensor(object, name);
-  if (!tensor.contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
-  return address_of<T>(tensor, name, shape);
+T* writable(py::handle object, const Shape& shape) {
+  const Tensor tensor(object, "result");
+  if (!tensor.contiguous()) fail("result: expected a contiguous tensor");
+  return address_of<T>(tensor, "result", shape);
+}
+
+// A new tensor like another, of some shape: the object, and its address.
+template <class T>
+py::object made(py::handle like, std::initializer_list<int64_t> shape, T*& address) {
+  PyObject* arguments[1 + Tensor::kMostDimensions] = {like.ptr()};
+  size_t count = 1;
+  py::object sizes[Tensor::kMostDimensions];
+  for (int64_t size : shape) {
+    sizes[count - 1] = py::int_(size);
+    arguments[count] = sizes[count - 1].ptr();
+    ++count;
+  }
+  PyObject* result = PyObject_VectorcallMethod(names().new_empty, arguments,
+                                               count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+  if (!result) throw py::error_already_set();
+  py::object tensor = py::reinterpret_steal<py::object>(result);
+  address = writable<T>(tensor, shape);
+  return tensor;
 }
 
 // torch may note a minus sign instead of carrying it out. The question costs as much as all others
@@ -117,6 +136,8 @@ const Engine& engine_named(const std::string& name) {
   fail("no engine was compiled for " + name);
 }
 
+constexpr size_t kWeights = 5;  // of a direction: w_ih, w_hh, b_ih, b_hh, w_hr
+
 // Lets other Python threads run, where the work is longer than giving the lock away and taking it.
 class WithoutGil {
  public:
@@ -133,15 +154,25 @@ struct Call {
   const Engine& engine;
   int cell;
   const CellInfo& info;
-  Rows rows;
+  const Tensor x;
+  const bool packed, step;  // a dense batch of one step is [B, I], and its state [B, H]
+  const Rows rows;
   int64_t N, B, I, H, P, D;
   int threads;
 
-  static Rows make_rows(int64_t N, int64_t B, py::handle batch_sizes) {
-    if (batch_sizes.is_none()) return Rows(N, B, nullptr, 0);
+  static Rows make_rows(const Tensor& x, py::handle batch_sizes) {
+    const int expected = batch_sizes.is_none() && x.dimensions() == 3 ? 3 : 2;
+    if (x.dimensions() != expected) {
+      fail("x: expected [T, B, I], [B, I], or with batch_sizes [N, I], got " + x.shape());
+    }
+    if (batch_sizes.is_none()) {
+      const int64_t B = x.size(expected - 2);
+      return Rows(expected == 3 ? x.size(0) * B : B, B, nullptr, 0);
+    }
     Readable readable;
     const int64_t T = Tensor(batch_sizes, "batch_sizes").count();
-    return Rows(N, B, readable.address<int64_t>(batch_sizes, "batch_sizes", {{T}}), T);
+    const int64_t* sizes = readable.address<int64_t>(batch_sizes, "batch_sizes", {{T}});
+    return Rows(x.size(0), T ? sizes[0] : 0, sizes, T);
   }
 
   static const CellInfo& cell_at(const Engine& engine, int cell) {
@@ -152,38 +183,58 @@ struct Call {
     return engine.cell[cell];
   }
 
-  Call(const std::string& isa, int cell_, int threads_, py::handle batch_sizes, int64_t N_,
-       int64_t B_, int64_t I_, int64_t H_, int64_t P_, int64_t D_)
+  Call(const std::string& isa, int cell_, int threads_, py::handle batch_sizes, py::handle x_,
+       const py::tuple& weights)
       : engine(engine_named(isa)),
         cell(cell_),
         info(cell_at(engine, cell_)),
-        rows(make_rows(N_, B_, batch_sizes)),
-        N(N_),
-        B(B_),
-        I(I_),
-        H(H_),
-        P(P_),
-        D(D_),
+        x(x_, "x"),
+        packed(!batch_sizes.is_none()),
+        step(!packed && x.dimensions() == 2),
+        rows(make_rows(x, batch_sizes)),
+        N(rows.N),
+        B(rows.B),
+        I(x.size(x.dimensions() - 1)),
+        D(static_cast<int64_t>(weights.size())),
         threads(set_threads(threads_)) {
-    if (I < 0 || H < 1 || P < 1) {
-      fail("expected I >= 0, H >= 1 and P >= 1, got I=" + std::to_string(I) +
-           ", H=" + std::to_string(H) + ", P=" + std::to_string(P));
-    }
     if (D < 1 || D > kMaxDirections) fail("expected 1 or 2 directions, got " + std::to_string(D));
-    if (P > INT64_MAX / 16 || H > INT64_MAX / 16) fail("expected sizes that an address can count");
+    if (step && D != 1) fail("expected one direction for one step, got " + std::to_string(D));
+    const Tensor hh(direction(weights, 0)[1], "weight_hh");
+    if (hh.dimensions() != 2 || hh.size(0) % info.gates) {
+      fail("weight_hh: expected [" + std::to_string(info.gates) + " * H, P], got " + hh.shape());
+    }
+    H = hh.size(0) / info.gates, P = hh.size(1);
+    if (H < 1 || P < 1) fail("expected H >= 1 and P >= 1, got weight_hh of " + hh.shape());
+  }
+
+  static py::tuple direction(const py::tuple& weights, int64_t d) {
+    auto w = py::cast<py::tuple>(weights[d]);
+    expect_length(w, kWeights, "weights of a direction");
+    return w;
   }
 
   double flops() const { return 2.0 * D * N * info.gates * H * (I + P); }
+
+  // [N, features], in the dimensions of x.
+  template <class T>
+  py::object made_rows(py::handle like, int64_t features, T*& address) const {
+    return packed || step ? made<T>(like, {N, features}, address)
+                          : made<T>(like, {x.size(0), B, features}, address);
+  }
+
+  template <class T>
+  py::object made_state(py::handle like, int k, T*& address) const {
+    const int64_t size = k ? H : P;
+    return step ? made<T>(like, {B, size}, address) : made<T>(like, {D, B, size}, address);
+  }
 
   template <class T>
   void fill(Layer<T>& a, const py::tuple& weights, py::handle state, Readable& readable) const {
     a.rows = &rows;
     a.I = I, a.H = H, a.P = P, a.D = static_cast<int>(D), a.threads = threads;
-    expect_length(weights, D, "weights");
     const int64_t gate_rows = info.gates * H;
-    for (int d = 0; d < D; ++d) {
-      const auto w = py::cast<py::tuple>(weights[d]);
-      expect_length(w, 5, "weights of a direction");
+    for (int64_t d = 0; d < D; ++d) {
+      const py::tuple w = direction(weights, d);
       Weights<T>& to = a.weights[d];
       to.ih = readable.weight<T>(w[0], "weight_ih", {{gate_rows, I}});
       to.hh = readable.weight<T>(w[1], "weight_hh", {{gate_rows, P}});
@@ -213,86 +264,80 @@ struct Call {
 };
 
 template <class T>
-void forward_as(const Call& c, py::handle x, const py::tuple& weights, py::handle state,
-                py::handle out, py::handle final, py::handle saved) {
+py::tuple forward_as(const Call& c, py::handle x, const py::tuple& weights, py::handle state,
+                     py::handle workspace) {
   Forward<T> a;
   Readable readable;
   c.fill(a, weights, state, readable);
   a.x = readable.address<T>(x, "x", {{c.N, c.I}, true});
-  a.out = writable<T>(out, "out", {{c.N, c.D * c.P}, true});
-  if (final.is_none()) fail("final: expected a tuple, got None");
-  c.states(final, "final", [&](int k, py::handle item, const Shape& shape) {
-    a.final[k] = writable<T>(item, "final", shape);
-  });
-  if (!saved.is_none()) {
-    a.saved = writable<T>(saved, "saved", {{c.D, c.N, c.info.kept(a.projected()), c.H}});
+  const py::object out = c.made_rows(x, c.D * c.P, a.out);
+  py::tuple final(c.info.states);
+  // The only h of one step is the output, unless autograd must be able to tell them apart.
+  const bool same = c.step && workspace.is_none();
+  if (same) final[0] = out, a.final[0] = a.out;
+  for (int k = same; k < c.info.states; ++k) final[k] = c.made_state(x, k, a.final[k]);
+  py::object saved = py::none();
+  if (!workspace.is_none()) {
+    const int64_t kept = c.info.kept(a.projected());
+    saved = workspace(x, c.D, c.N, kept, c.H);
+    a.saved = writable<T>(saved, {c.D, c.N, kept, c.H});
   }
-  const WithoutGil release(c.flops());
-  c.engine.forward(c.cell, a);
+  {
+    const WithoutGil release(c.flops());
+    c.engine.forward(c.cell, a);
+  }
+  return py::make_tuple(out, final, saved);
 }
 
 template <class T>
-void backward_as(const Call& c, const py::tuple& weights, py::handle state, py::handle out,
-                 py::handle saved, py::handle dout, py::handle dfinal, py::handle dpre,
-                 py::handle dbias, py::handle dstate, py::handle dh) {
+py::tuple backward_as(const Call& c, py::handle x, const py::tuple& weights, py::handle state,
+                      py::handle out, py::handle saved, py::handle dout, py::handle dfinal,
+                      const py::tuple& needed) {
   Backward<T> a;
   Readable readable;
   c.fill(a, weights, state, readable);
+  a.x = readable.address<T>(x, "x", {{c.N, c.I}, true});
   a.out = readable.address<T>(out, "out", {{c.N, c.D * c.P}, true});
   a.saved = readable.address<T>(saved, "saved", {{c.D, c.N, c.info.kept(a.projected()), c.H}});
   a.dout = readable.optional<T>(dout, "dout", {{c.N, c.D * c.P}, true});
   c.states(dfinal, "dfinal", [&](int k, py::handle item, const Shape& shape) {
     a.dfinal[k] = readable.optional<T>(item, "dfinal", shape);
   });
-  a.dpre = writable<T>(dpre, "dpre", {{c.D, c.N, c.info.slots(), c.H}});
-  a.dbias = writable<T>(dbias, "dbias", {{c.D, c.info.slots(), c.H}});
-  if (dstate.is_none()) fail("dstate: expected a tuple, got None");
-  c.states(dstate, "dstate", [&](int k, py::handle item, const Shape& shape) {
-    a.dstate[k] = writable<T>(item, "dstate", shape);
-  });
-  if (a.projected()) a.dh = writable<T>(dh, "dh", {{c.D, c.N, c.P}});
-  const WithoutGil release(c.flops());
-  c.engine.backward(c.cell, a);
-}
-
-Tensor matrix(py::handle object, const char* name) {
-  const Tensor tensor(object, name);
-  if (tensor.dimensions() != 2) fail(std::string(name) + ": expected a matrix");
-  return tensor;
-}
-
-// a may have any strides, b and c rows whose elements lie side by side.
-template <class T>
-void matmul_as(const Engine& engine, int threads, const Tensor& a, const Tensor& b, const Tensor& c,
-               bool add) {
-  if (a.size(1) != b.size(0) || a.size(0) != c.size(0) || b.size(1) != c.size(1)) {
-    fail("expected [M, K] @ [K, N] into [M, N], got " + a.shape() + " @ " + b.shape() + " into " +
-         c.shape());
+  const size_t states = state.is_none() ? 0 : c.info.states;
+  const size_t count = 1 + kWeights * c.D + states;
+  expect_length(needed, count, "needed");
+  py::tuple gradients(count);
+  size_t next = 0;
+  // make() for the next gradient, if it is needed and of something that is there.
+  const auto next_is = [&](bool there, const auto& make) {
+    const bool wanted = there && needed[next].ptr() == Py_True;
+    gradients[next++] = wanted ? make() : py::none();
+  };
+  next_is(true, [&] { return c.made_rows(x, c.I, a.dx); });
+  const int64_t gate_rows = c.info.gates * c.H;
+  for (int64_t d = 0; d < c.D; ++d) {
+    const Weights<T>& w = a.weights[d];
+    WeightGradients<T>& to = a.dweights[d];
+    next_is(true, [&] { return made<T>(x, {gate_rows, c.I}, to.ih); });
+    next_is(true, [&] { return made<T>(x, {gate_rows, c.P}, to.hh); });
+    next_is(w.bias_ih, [&] { return made<T>(x, {gate_rows}, to.bias_ih); });
+    next_is(w.bias_hh, [&] { return made<T>(x, {gate_rows}, to.bias_hh); });
+    next_is(w.hr, [&] { return made<T>(x, {c.P, c.H}, to.hr); });
   }
-  for (const Tensor* t : {&b, &c}) {
-    if (t->stride(1) != 1 && t->size(1) > 1 && t->count()) {
-      fail("expected b and c with rows whose elements lie side by side");
-    }
+  for (int k = 0; k < static_cast<int>(states); ++k) {
+    next_is(true, [&] { return c.made_state(x, k, a.dstate[k]); });
   }
-  Matmul<T> m;
-  m.M = a.size(0), m.N = b.size(1), m.K = a.size(1);
-  m.a = a.data<T>(), m.a_row = a.stride(0), m.a_column = a.stride(1);
-  m.b = b.data<T>(), m.b_row = b.stride(0);
-  m.c = c.data<T>(), m.c_row = c.stride(0);
-  m.add = add;
-  m.threads = set_threads(threads);
-  const WithoutGil release(2.0 * m.M * m.N * m.K);
-  engine.matmul(m);
+  {
+    const WithoutGil release(3 * c.flops());
+    c.engine.backward(c.cell, a);
+  }
+  return gradients;
 }
 
 // The type of this tensor is the one that every other must have.
 template <class Run>
-void with_type(const Tensor& tensor, const Run& run) {
-  if (tensor.element() == element_of<double>) {
-    run(double());
-  } else {
-    run(float());
-  }
+py::tuple with_type(const Tensor& tensor, const Run& run) {
+  return tensor.element() == element_of<double> ? run(double()) : run(float());
 }
 
 }  // namespace
@@ -302,42 +347,27 @@ PYBIND11_MODULE(_cpp, m) {
 
   m.def(
       "forward",
-      [](const std::string& isa, int cell, int threads, py::object batch_sizes, int64_t N,
-         int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, py::object x, py::tuple weights,
-         py::object state, py::object out, py::object final, py::object saved) {
-        const Call c(isa, cell, threads, batch_sizes, N, B, I, H, P, D);
-        with_type(Tensor(x, "x"), [&](auto zero) {
-          forward_as<decltype(zero)>(c, x, weights, state, out, final, saved);
+      [](const std::string& isa, int cell, int threads, py::object batch_sizes, py::object x,
+         py::tuple weights, py::object state, py::object workspace) {
+        const Call c(isa, cell, threads, batch_sizes, x, weights);
+        return with_type(c.x, [&](auto zero) {
+          return forward_as<decltype(zero)>(c, x, weights, state, workspace);
         });
       },
-      "Run a layer; arguments as in engine.h. Writes out, final and, unless None, saved.");
+      "Run a layer: (out, final, saved). saved is made by workspace(x, *shape), or None.");
 
   m.def(
       "backward",
-      [](const std::string& isa, int cell, int threads, py::object batch_sizes, int64_t N,
-         int64_t B, int64_t I, int64_t H, int64_t P, int64_t D, py::tuple weights, py::object state,
-         py::object out, py::object saved, py::object dout, py::object dfinal, py::object dpre,
-         py::object dbias, py::object dstate, py::object dh) {
-        const Call c(isa, cell, threads, batch_sizes, N, B, I, H, P, D);
-        with_type(Tensor(out, "out"), [&](auto zero) {
-          backward_as<decltype(zero)>(c, weights, state, out, saved, dout, dfinal, dpre, dbias,
-                                      dstate, dh);
+      [](const std::string& isa, int cell, int threads, py::object batch_sizes, py::object x,
+         py::tuple weights, py::object state, py::object out, py::object saved, py::object dout,
+         py::object dfinal, py::tuple needed) {
+        const Call c(isa, cell, threads, batch_sizes, x, weights);
+        return with_type(c.x, [&](auto zero) {
+          return backward_as<decltype(zero)>(c, x, weights, state, out, saved, dout, dfinal,
+                                             needed);
         });
       },
-      "Run a layer in reverse. Writes dpre, dbias, dstate and, if projected, dh.");
-
-  m.def(
-      "matmul",
-      [](const std::string& isa, int threads, py::object a_, py::object b_, py::object c_,
-         bool add) {
-        const Engine& engine = engine_named(isa);
-        for (py::object* t : {&a_, &b_}) {
-          if (negated(*t)) *t = call(*t, names().resolve_neg);
-        }
-        const Tensor a = matrix(a_, "a"), b = matrix(b_, "b"), c = matrix(c_, "c");
-        with_type(a, [&](auto zero) { matmul_as<decltype(zero)>(engine, threads, a, b, c, add); });
-      },
-      "c = a @ b, or c += a @ b.");
+      "The gradients of x, every weight and every state, None where not needed.");
 
   py::class_<Scratch>(m, "Scratch", py::buffer_protocol(),
                       "Memory that is kept for reuse once nobody refers to it.")

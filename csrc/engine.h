@@ -65,30 +65,21 @@ struct Forward : Layer<T> {
 };
 
 template <class T>
+struct WeightGradients {
+  T *ih = nullptr, *hh = nullptr, *bias_ih = nullptr, *bias_hh = nullptr, *hr = nullptr;
+};
+
+template <class T>
 struct Backward : Layer<T> {
+  const T* x = nullptr;              // [N, I]
   const T* out = nullptr;            // [N, D*P]
   const T* saved = nullptr;          // [D, N, kept, H]
   const T* dout = nullptr;           // [N, D*P]; null is zero
   const T* dfinal[kMaxStates] = {};  // as state; null is zero
-  T* dpre = nullptr;                 // [D, N, S, H]
-  T* dbias = nullptr;                // [D, S, H]
-  T* dstate[kMaxStates] = {};        // as state
-  T* dh = nullptr;                   // [D, N, P] if projected
-};
-
-// c[m][n] = (add ? c[m][n] : 0) + sum_k a[m][k] b[k][n]; element [m][k] of a is at
-// m * a_row + k * a_column, and those of b and c lie side by side within a row.
-template <class T>
-struct Matmul {
-  int64_t M = 0, N = 0, K = 0;
-  const T* a = nullptr;
-  int64_t a_row = 0, a_column = 0;
-  const T* b = nullptr;
-  int64_t b_row = 0;
-  T* c = nullptr;
-  int64_t c_row = 0;
-  bool add = false;
-  int threads = 1;
+  // The gradients, each like what it is the gradient of; null where it is not wanted.
+  T* dx = nullptr;
+  WeightGradients<T> dweights[kMaxDirections];
+  T* dstate[kMaxStates] = {};
 };
 
 // What the drivers and the argument checks must know of a cell.
@@ -111,15 +102,11 @@ struct Engine {
   void (*forward_f64)(int cell, const Forward<double>&);
   void (*backward_f32)(int cell, const Backward<float>&);
   void (*backward_f64)(int cell, const Backward<double>&);
-  void (*matmul_f32)(const Matmul<float>&);
-  void (*matmul_f64)(const Matmul<double>&);
 
   void forward(int c, const Forward<float>& a) const { forward_f32(c, a); }
   void forward(int c, const Forward<double>& a) const { forward_f64(c, a); }
   void backward(int c, const Backward<float>& a) const { backward_f32(c, a); }
   void backward(int c, const Backward<double>& a) const { backward_f64(c, a); }
-  void matmul(const Matmul<float>& a) const { matmul_f32(a); }
-  void matmul(const Matmul<double>& a) const { matmul_f64(a); }
 };
 
 // How many of the threads that may be used are worth waking for so much arithmetic.

@@ -69,6 +69,7 @@ struct Names {
   PyObject* shape = interned("shape");
   PyObject* stride = interned("stride");
   PyObject* dtype = interned("dtype");
+  PyObject* new_empty = interned("new_empty");
 };
 
 inline const Names& names() {

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastrnn.backends import cpp
 from fastrnn.cells import CELLS
 
-ENTRIES = ("forward", "backward", "matmul")
+ENTRIES = ("forward", "backward")
 NUMBERS = (
     -1,
     0,
@@ -143,7 +143,7 @@ def main() -> None:
     seen: set[tuple[str, int]] = set()
     taken = refused = 0
     for name, args in calls:
-        kind = (name, len(args) if name == "matmul" else args[1])
+        kind = (name, args[1])
         full = kind not in seen
         seen.add(kind)
         for k, value in enumerate(args):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import pytest
@@ -201,34 +200,6 @@ def test_threads(
         actual = evaluate(m, case, d, backend)
         assert_near(actual, judge, F32)
         assert_equal(evaluate(m, case, d, backend), actual)  # and no race
-
-
-@fast
-@dtypes
-@pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_matmul(
-    transposed: bool,
-    add: bool,
-    backend: str,
-    dtype: torch.dtype,
-    set_threads: Callable[[int], None],
-) -> None:
-    """The products of training, into a part of a larger tensor."""
-    set_threads(2)
-    for M, N, K in product((1, 2, 5, 33, 130), (1, 3, 16, 65, 200), (0, 1, 7, 64, 700)):
-        a = torch.randn((K, M) if transposed else (M, K), dtype=dtype)
-        a = a.t() if transposed else a
-        b = torch.randn(K, N + 3, dtype=dtype)[:, 2 : N + 2]
-        whole = torch.randn(M + 2, N + 5, dtype=dtype)
-        part = (slice(1, M + 1), slice(4, N + 4))
-        expected, allowed = whole.double(), torch.zeros_like(whole, dtype=F64)
-        expected[part] = a.double() @ b.double() + add * expected[part]
-        # A sum's rounding errors are bounded by the sum of the magnitudes.
-        allowed[part] = a.abs().double() @ b.abs().double() + add * whole[part].abs()
-        load(backend).matmul(a, b, whole[part], add)
-        error = (whole.double() - expected).abs()
-        assert (error <= 4 * torch.finfo(dtype).eps * allowed).all(), (M, N, K)
 
 
 @fast

@@ -445,12 +445,18 @@ class Asked:
 
 def test_tensors_asked_by_their_methods() -> None:
     cpp = pytest.importorskip("fastrnn._cpp")
-    a, b, c = torch.randn(5, 7), torch.randn(7, 3), torch.empty(5, 3)
-    cpp.matmul(cpp.isas()[0], 1, Asked(a), Asked(b), Asked(c), False)
-    torch.testing.assert_close(c, a @ b)
-    for wrong in (b.half(), b.double(), b[:-1], b.to(torch.complex64), b.to("meta"), b.flatten()):
+    m, x = fastrnn.RNN(7, 5), torch.randn(4, 3, 7)
+    w_ih, *others = (p.detach() for p in m.parameters())
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        weights = (Asked(w), *map(Asked, others), None)
+        return cpp.forward(cpp.isas()[0], 0, 1, None, Asked(x), (weights,), None, None)[0]
+
+    torch.testing.assert_close(run(x, w_ih), m(x)[0])
+    w = w_ih
+    for wrong in (w.half(), w.double(), w[:-1], w.to(torch.complex64), w.to("meta"), w.flatten()):
         with pytest.raises(ValueError, match="expected"):
-            cpp.matmul(cpp.isas()[0], 1, Asked(a), Asked(wrong), Asked(c), False)
+            run(x, wrong)
 
 
 @pytest.mark.parametrize("mode", MODES)

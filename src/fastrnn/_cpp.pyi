@@ -1,5 +1,7 @@
 """Types of csrc/bindings.cpp. Tensors are asked for what they are, whatever their class."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 _Tensors = tuple[Tensor, ...]
@@ -14,44 +16,27 @@ def forward(
     cell: int,
     threads: int,
     batch_sizes: Tensor | None,
-    N: int,
-    B: int,
-    I: int,
-    H: int,
-    P: int,
-    D: int,
     x: Tensor,
     weights: _Weights,
     state: _Tensors | None,
-    out: Tensor,
-    final: _Tensors,
-    saved: Tensor | None,
+    workspace: Callable[..., Tensor] | None,
     /,
-) -> None: ...
+) -> tuple[Tensor, _Tensors, Tensor | None]: ...
 def backward(
     isa: str,
     cell: int,
     threads: int,
     batch_sizes: Tensor | None,
-    N: int,
-    B: int,
-    I: int,
-    H: int,
-    P: int,
-    D: int,
+    x: Tensor,
     weights: _Weights,
     state: _Tensors | None,
     out: Tensor,
     saved: Tensor,
     dout: Tensor | None,
     dfinal: tuple[Tensor | None, ...] | None,
-    dpre: Tensor,
-    dbias: Tensor,
-    dstate: _Tensors,
-    dh: Tensor | None,
+    needed: tuple[bool, ...],
     /,
-) -> None: ...
-def matmul(isa: str, threads: int, a: Tensor, b: Tensor, c: Tensor, add: bool, /) -> None: ...
+) -> tuple[Tensor | None, ...]: ...
 def cells() -> tuple[tuple[str, int, int, int, int, bool], ...]: ...
 def isas() -> tuple[str, ...]: ...
 def threading() -> str | None: ...

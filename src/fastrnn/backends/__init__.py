@@ -17,7 +17,7 @@ Triton or Numba costs more than torch's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,20 +36,8 @@ Where ``x`` is one step of a cell, ``[B, I]``, they have no D.
 """
 
 
-class Gradients(NamedTuple):
-    """What a backend's ``backward`` returns; the products that are no recurrence come later.
-
-    Attributes:
-        dpre: gradient of the pre-activations, ``[D, N, slots, H]``.
-        dbias: ``dpre`` summed over the rows, ``[D, slots, H]``.
-        dstate: gradient of the initial state, shaped like it.
-        dh: the whole gradient of the projected h, ``[D, N, P]``; None without projection.
-    """
-
-    dpre: Tensor
-    dbias: Tensor
-    dstate: State
-    dh: Tensor | None
+Gradients = tuple[Tensor | None, ...]
+"""Of x, of each direction's five weights, and of the states if there are any; None: not needed."""
 
 
 class Backend(Protocol):
@@ -96,6 +84,7 @@ class Backend(Protocol):
     def backward(
         self,
         cell: Cell,
+        x: Tensor,
         weights: Sequence[Weights],
         state: State | None,
         batch_sizes: Tensor | None,
@@ -104,11 +93,10 @@ class Backend(Protocol):
         saved: Tensor,
         dout: Tensor | None,
         dfinal: Sequence[Tensor | None],
+        needed: Sequence[bool],
     ) -> Gradients:
-        """Run the layer in reverse. None in ``dout`` or ``dfinal`` stands for zero."""
+        """Run the layer in reverse: the gradients that are ``needed``, in the order of the result.
 
-    def matmul(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-        """``out = a @ b``, or ``out += a @ b``: the products of training that are no recurrence.
-
-        All are matrices; ``a`` may be transposed, ``out`` a part of another tensor.
+        None in ``dout`` or ``dfinal`` stands for zero. A backend in Python runs the recurrence and
+        leaves the rest to :mod:`fastrnn.backends.products`.
         """

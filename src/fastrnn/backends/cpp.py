@@ -26,7 +26,6 @@ __all__ = [
     "describe",
     "empty_cache",
     "forward",
-    "matmul",
     "missing",
     "refuses",
 ]
@@ -97,44 +96,21 @@ def forward(
     batch: int,
     save: bool,
 ) -> tuple[Tensor, State, Tensor | None]:
-    *leading, size = x.shape
-    D, (rows, P) = len(weights), weights[0][1].shape
-    H = rows // len(cell.gates)
-    N = leading[0] * leading[-1] if len(leading) == 2 else leading[0]
-    # Sizes one by one: new_empty takes longer to read a tuple than to make the tensor.
-    out = x.new_empty(*leading, D * P)
-    if len(leading) == 2 or batch_sizes is not None:
-        final = [x.new_empty(D, batch, H if k else P) for k in cell.state_range]
-    else:
-        final = [x.new_empty(batch, H if k else P) for k in cell.state_range[1:]]
-        # The only h of one step is the output, unless autograd must be able to tell them apart.
-        final.insert(0, x.new_empty(batch, P) if save else out)
-    saved = None
-    if save:
-        saved = _workspace(x, D, N, cell.saved_slots(weights[0][4] is not None), H)
-    _cpp.forward(
+    return _cpp.forward(
         isa(),
         _index(cell),
         torch.get_num_threads(),
         batch_sizes,
-        N,
-        batch,
-        size,
-        H,
-        P,
-        D,
         x,
         tuple(weights),
         state,
-        out,
-        tuple(final),
-        saved,
+        _workspace if save else None,
     )
-    return out, tuple(final), saved
 
 
 def backward(
     cell: Cell,
+    x: Tensor,
     weights: Sequence[Weights],
     state: State | None,
     batch_sizes: Tensor | None,
@@ -143,44 +119,22 @@ def backward(
     saved: Tensor,
     dout: Tensor | None,
     dfinal: Sequence[Tensor | None],
+    needed: Sequence[bool],
 ) -> Gradients:
-    D, N, _, H = saved.shape
-    P, size = weights[0][1].shape[1], weights[0][0].shape[1]
-    projected = weights[0][4] is not None
-    dpre = _workspace(out, D, N, cell.slots, H)
-    dbias = out.new_empty(D, cell.slots, H)
-    directions = (D,) if out.dim() == 3 or batch_sizes is not None else ()
-    dstate = tuple([out.new_empty(*directions, batch, H if k else P) for k in cell.state_range])
-    dh = out.new_empty(D, N, P) if projected else None
-    _cpp.backward(
+    return _cpp.backward(
         isa(),
         _index(cell),
         torch.get_num_threads(),
         batch_sizes,
-        N,
-        batch,
-        size,
-        H,
-        P,
-        D,
+        x,
         tuple(weights),
         state,
         out,
         saved,
         dout,
         tuple(dfinal),
-        dpre,
-        dbias,
-        dstate,
-        dh,
+        tuple(needed),
     )
-    return Gradients(dpre, dbias, dstate, dh)
-
-
-def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    if b.stride(1) != 1:
-        b = b.contiguous()
-    _cpp.matmul(isa(), torch.get_num_threads(), a, b, out, add)
 
 
 # Smaller tensors come from memory that the allocator has mapped already.

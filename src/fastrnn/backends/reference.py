@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn.backends import Gradients, State, Weights
+from fastrnn.backends.products import Recurrence, gradients
 from fastrnn.cells import Cell
 from fastrnn.rows import previous, steps
 
@@ -25,7 +26,6 @@ __all__ = [
     "describe",
     "empty_cache",
     "forward",
-    "matmul",
     "missing",
     "refuses",
 ]
@@ -60,8 +60,7 @@ def _in_own_dtype(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        first = args[1]  # x, or the weights
-        device = (first if isinstance(first, Tensor) else first[0][0]).device.type  # type: ignore[index]
+        device = args[1].device.type  # type: ignore[attr-defined]  # x
         cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if cast else nullcontext():
             return function(*args, **kwargs)
@@ -113,6 +112,7 @@ def forward(
 @_in_own_dtype
 def backward(
     cell: Cell,
+    x: Tensor,
     weights: Sequence[Weights],
     state: State | None,
     batch_sizes: Tensor | None,
@@ -121,6 +121,7 @@ def backward(
     saved: Tensor,
     dout: Tensor | None,
     dfinal: Sequence[Tensor | None],
+    needed: Sequence[bool],
 ) -> Gradients:
     (D, N, _, H), G, shared = saved.shape, len(cell.gates), cell.shared
     P = weights[0][1].shape[1]
@@ -159,11 +160,5 @@ def backward(
                 running[0].add_(ds[0])
             for old, new in zip(running[1:], ds[1:], strict=True):
                 old.zero_() if new is None else old.copy_(new)
-    return Gradients(dpre, dpre.sum(1), result, dh)
-
-
-def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    if add:
-        out.addmm_(a, b)
-    else:
-        torch.mm(a, b, out=out)
+    recurrence = Recurrence(dpre, result, dh)
+    return gradients(cell, x, weights, state, batch_sizes, batch, out, saved, needed, recurrence)

@@ -1,0 +1,83 @@
+"""The part of a layer's gradient that is no recurrence, for backends written in Python.
+
+With the gradients ``dgx`` and ``dgh`` of the two products of all rows,
+
+    dx    = dgx W_ih        dW_ih = dgx^T x         db_ih = sum dgx
+    dW_hr = dh^T m          dW_hh = dgh^T h_before  db_hh = sum dgh
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrnn.backends import Gradients, State, Weights
+from fastrnn.cells import Cell
+from fastrnn.rows import previous
+
+__all__ = ["Recurrence", "gradients"]
+
+
+class Recurrence(NamedTuple):
+    """What running the steps in reverse leaves.
+
+    Attributes:
+        dpre: gradient of the pre-activations, ``[D, N, slots, H]``.
+        dstate: gradient of the initial state, shaped like it.
+        dh: the whole gradient of the projected h, ``[D, N, P]``; None without projection.
+    """
+
+    dpre: Tensor
+    dstate: State
+    dh: Tensor | None
+
+
+def gradients(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    out: Tensor,
+    saved: Tensor,
+    needed: Sequence[bool],
+    recurrence: Recurrence,
+) -> Gradients:
+    """What a backend's ``backward`` returns; arguments as there."""
+    dpre, dstate, dh = recurrence
+    D, N = dpre.shape[:2]
+    G, shared, P = len(cell.gates), cell.shared, weights[0][1].shape[1]
+    h = out.view(N, D, P)
+    dx: Tensor | None = None
+    results: list[Tensor | None] = []
+    for d, (w_ih, _, _, _, w_hr) in enumerate(weights):
+        need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needed[
+            1 + d * len(weights[d]) : 1 + (d + 1) * len(weights[d])
+        ]
+        dgx = dpre[d, :, :G].flatten(1)
+        dgh = torch.cat([dpre[d, :, :shared], dpre[d, :, G:]], 1).flatten(1)
+        if needed[0]:
+            part = dgx @ w_ih
+            dx = part if dx is None else dx + part
+        dw_hh = dw_hr = None
+        if need_w_hh:
+            h0 = h.new_zeros(batch, P) if state is None else state[0].view(D, batch, P)[d]
+            dw_hh = dgh.t() @ previous(h[:, d], h0, batch_sizes, d == 1)
+        if need_w_hr and w_hr is not None and dh is not None:
+            dw_hr = dh[d].t() @ saved[d, :, -1]
+        results += [
+            dgx.t() @ x.flatten(0, -2) if need_w_ih else None,
+            dw_hh,
+            dgx.sum(0) if need_b_ih else None,
+            dgh.sum(0) if need_b_hh else None,
+            dw_hr,
+        ]
+    if state is not None:
+        results += [
+            g if need else None for g, need in zip(dstate, needed[-len(dstate) :], strict=True)
+        ]
+    return (None if dx is None else dx.view(x.shape), *results)
