@@ -11,6 +11,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "engine.h"
 
 #define FASTRNN_INLINE [[gnu::always_inline]] inline
