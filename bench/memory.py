@@ -66,9 +66,9 @@ def measure(case: Case, threads: int) -> dict[str, Any]:
         measured["peak"][name] = peak(run)
         measured["faults"][name] = faults(run)
     if case.training:
-        usual, cpp.WORKSPACE_BYTES = cpp.WORKSPACE_BYTES, sys.maxsize
+        cpp._cpp.make_large(sys.maxsize, cpp._large)
         measured["faults"]["fastrnn without its workspace"] = faults(run)
-        cpp.WORKSPACE_BYTES = usual
+        cpp._cpp.make_large(cpp.LARGE, cpp._large)
     return measured
 
 

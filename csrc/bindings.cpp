@@ -66,19 +66,30 @@ T* writable(py::handle object, const Shape& shape) {
   return address_of<T>(tensor, "result", shape);
 }
 
+// Results of so many bytes or more are made by a function of Python's, in memory that is kept: the
+// allocator would map, and the kernel clear, such memory anew in every call. Never given back, as a
+// static object would be after Python has gone.
+size_t g_large = SIZE_MAX;
+PyObject* g_make_large = nullptr;
+
 // A new tensor like another, of some shape: the object, and its address.
 template <class T>
 py::object made(py::handle like, std::initializer_list<int64_t> shape, T*& address) {
   PyObject* arguments[1 + Tensor::kMostDimensions] = {like.ptr()};
   size_t count = 1;
+  double bytes = sizeof(T);
   py::object sizes[Tensor::kMostDimensions];
   for (int64_t size : shape) {
+    bytes *= static_cast<double>(size);
     sizes[count - 1] = py::int_(size);
     arguments[count] = sizes[count - 1].ptr();
     ++count;
   }
-  PyObject* result = PyObject_VectorcallMethod(names().new_empty, arguments,
-                                               count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+  PyObject* result =
+      bytes >= static_cast<double>(g_large)
+          ? PyObject_Vectorcall(g_make_large, arguments, count, nullptr)
+          : PyObject_VectorcallMethod(names().new_empty, arguments,
+                                      count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
   if (!result) throw py::error_already_set();
   py::object tensor = py::reinterpret_steal<py::object>(result);
   address = writable<T>(tensor, shape);
@@ -265,7 +276,7 @@ struct Call {
 
 template <class T>
 py::tuple forward_as(const Call& c, py::handle x, const py::tuple& weights, py::handle state,
-                     py::handle workspace) {
+                     bool save) {
   Forward<T> a;
   Readable readable;
   c.fill(a, weights, state, readable);
@@ -273,15 +284,11 @@ py::tuple forward_as(const Call& c, py::handle x, const py::tuple& weights, py::
   const py::object out = c.made_rows(x, c.D * c.P, a.out);
   py::tuple final(c.info.states);
   // The only h of one step is the output, unless autograd must be able to tell them apart.
-  const bool same = c.step && workspace.is_none();
+  const bool same = c.step && !save;
   if (same) final[0] = out, a.final[0] = a.out;
   for (int k = same; k < c.info.states; ++k) final[k] = c.made_state(x, k, a.final[k]);
   py::object saved = py::none();
-  if (!workspace.is_none()) {
-    const int64_t kept = c.info.kept(a.projected());
-    saved = workspace(x, c.D, c.N, kept, c.H);
-    a.saved = writable<T>(saved, {c.D, c.N, kept, c.H});
-  }
+  if (save) saved = made<T>(x, {c.D, c.N, c.info.kept(a.projected()), c.H}, a.saved);
   {
     const WithoutGil release(c.flops());
     c.engine.forward(c.cell, a);
@@ -348,13 +355,12 @@ PYBIND11_MODULE(_cpp, m) {
   m.def(
       "forward",
       [](const std::string& isa, int cell, int threads, py::object batch_sizes, py::object x,
-         py::tuple weights, py::object state, py::object workspace) {
+         py::tuple weights, py::object state, bool save) {
         const Call c(isa, cell, threads, batch_sizes, x, weights);
-        return with_type(c.x, [&](auto zero) {
-          return forward_as<decltype(zero)>(c, x, weights, state, workspace);
-        });
+        return with_type(
+            c.x, [&](auto zero) { return forward_as<decltype(zero)>(c, x, weights, state, save); });
       },
-      "Run a layer: (out, final, saved). saved is made by workspace(x, *shape), or None.");
+      "Run a layer: (out, final, saved), with saved None unless it is asked for.");
 
   m.def(
       "backward",
@@ -375,6 +381,15 @@ PYBIND11_MODULE(_cpp, m) {
       .def_buffer([](Scratch& s) {
         return py::buffer_info(static_cast<uint8_t*>(s.data()), static_cast<py::ssize_t>(s.size()));
       });
+
+  m.def(
+      "make_large",
+      [](size_t bytes, py::function make) {
+        Py_XDECREF(g_make_large);
+        g_large = bytes, g_make_large = make.release().ptr();
+      },
+      py::arg("bytes"), py::arg("make"),
+      "Let make(like, *shape) make results of so many bytes or more.");
 
   m.def(
       "cells",

@@ -104,7 +104,7 @@ def forward(
         x,
         tuple(weights),
         state,
-        _workspace if save else None,
+        save,
     )
 
 
@@ -138,16 +138,19 @@ def backward(
 
 
 # Smaller tensors come from memory that the allocator has mapped already.
-WORKSPACE_BYTES = 1 << 20
+LARGE = 1 << 20
 
 
-def _workspace(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised tensor for our own use, in memory that the extension keeps for reuse.
+def _large(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised tensor in memory that the extension keeps for reuse.
 
-    It goes back when the last reference to the tensor goes, with the graph that holds it.
+    It goes back when the last reference to the tensor goes: for what a backward pass needs, with
+    the graph that holds it.
     """
     count = math.prod(shape)
-    size = count * like.element_size()
-    if size < WORKSPACE_BYTES:
-        return like.new_empty(shape)
-    return torch.frombuffer(_cpp.Scratch(size), dtype=like.dtype, count=count).view(shape)
+    scratch = _cpp.Scratch(count * like.element_size())
+    return torch.frombuffer(scratch, dtype=like.dtype, count=count).view(shape)
+
+
+if _missing is None:
+    _cpp.make_large(LARGE, _large)
