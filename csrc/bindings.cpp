@@ -14,8 +14,8 @@ using namespace fastrnn;
 
 namespace {
 
-// The sizes that a tensor must have. It may lack leading ones that are 1; with `folded`, only the
-// last must be as it is here, and the number of elements.
+// The sizes that a tensor must have; with `folded`, only the last must be as it is here, and the
+// number of elements.
 class Shape {
  public:
   Shape(std::initializer_list<int64_t> sizes, bool folded = false)
@@ -33,7 +33,7 @@ class Shape {
       }
     }
     const int common = std::min(folded_ ? 1 : n_, tensor.dimensions());
-    bool fits = tensor.count() == count && tensor.dimensions() > 0;
+    bool fits = tensor.count() == count && (folded_ ? common > 0 : tensor.dimensions() == n_);
     for (int k = 1; k <= common; ++k) {
       fits &= tensor.size(tensor.dimensions() - k) == sizes_[n_ - k];
     }
@@ -170,6 +170,7 @@ struct Call {
   const Rows rows;
   int64_t N, B, I, H, P, D;
   int threads;
+  bool deterministic;
 
   static Rows make_rows(const Tensor& x, py::handle batch_sizes) {
     const int expected = batch_sizes.is_none() && x.dimensions() == 3 ? 3 : 2;
@@ -194,8 +195,8 @@ struct Call {
     return engine.cell[cell];
   }
 
-  Call(const std::string& isa, int cell_, int threads_, py::handle batch_sizes, py::handle x_,
-       const py::tuple& weights)
+  Call(const std::string& isa, int cell_, int threads_, bool deterministic_, py::handle batch_sizes,
+       py::handle x_, const py::tuple& weights)
       : engine(engine_named(isa)),
         cell(cell_),
         info(cell_at(engine, cell_)),
@@ -207,7 +208,8 @@ struct Call {
         B(rows.B),
         I(x.size(x.dimensions() - 1)),
         D(static_cast<int64_t>(weights.size())),
-        threads(set_threads(threads_)) {
+        threads(set_threads(threads_)),
+        deterministic(deterministic_) {
     if (D < 1 || D > kMaxDirections) fail("expected 1 or 2 directions, got " + std::to_string(D));
     if (step && D != 1) fail("expected one direction for one step, got " + std::to_string(D));
     const Tensor hh(direction(weights, 0)[1], "weight_hh");
@@ -243,6 +245,7 @@ struct Call {
   void fill(Layer<T>& a, const py::tuple& weights, py::handle state, Readable& readable) const {
     a.rows = &rows;
     a.I = I, a.H = H, a.P = P, a.D = static_cast<int>(D), a.threads = threads;
+    a.deterministic = deterministic;
     const int64_t gate_rows = info.gates * H;
     for (int64_t d = 0; d < D; ++d) {
       const py::tuple w = direction(weights, d);
@@ -252,7 +255,7 @@ struct Call {
       to.bias_ih = readable.weight<T>(w[2], "bias_ih", {{gate_rows}});
       to.bias_hh = readable.weight<T>(w[3], "bias_hh", {{gate_rows}});
       to.hr = readable.weight<T>(w[4], "weight_hr", {{P, H}});
-      if (!to.ih || !to.hh) fail("expected weight_ih and weight_hh, got None");
+      if (w[0].is_none() || w[1].is_none()) fail("expected weight_ih and weight_hh, got None");
       if (!to.bias_ih != !to.bias_hh) fail("expected both bias_ih and bias_hh or neither");
       if (to.hr ? !info.projectable : P != H) {
         fail("expected P == H without weight_hr, and none for a cell that cannot be projected");
@@ -270,7 +273,10 @@ struct Call {
     if (tensors.is_none()) return;
     const auto items = py::cast<py::tuple>(tensors);
     expect_length(items, info.states, name);
-    for (int k = 0; k < info.states; ++k) take(k, items[k], Shape{{D, B, k ? H : P}});
+    for (int k = 0; k < info.states; ++k) {
+      const int64_t size = k ? H : P;
+      take(k, items[k], step ? Shape{B, size} : Shape{D, B, size});
+    }
   }
 };
 
@@ -354,9 +360,9 @@ PYBIND11_MODULE(_cpp, m) {
 
   m.def(
       "forward",
-      [](const std::string& isa, int cell, int threads, py::object batch_sizes, py::object x,
-         py::tuple weights, py::object state, bool save) {
-        const Call c(isa, cell, threads, batch_sizes, x, weights);
+      [](const std::string& isa, int cell, int threads, bool deterministic, py::object batch_sizes,
+         py::object x, py::tuple weights, py::object state, bool save) {
+        const Call c(isa, cell, threads, deterministic, batch_sizes, x, weights);
         return with_type(
             c.x, [&](auto zero) { return forward_as<decltype(zero)>(c, x, weights, state, save); });
       },
@@ -364,10 +370,10 @@ PYBIND11_MODULE(_cpp, m) {
 
   m.def(
       "backward",
-      [](const std::string& isa, int cell, int threads, py::object batch_sizes, py::object x,
-         py::tuple weights, py::object state, py::object out, py::object saved, py::object dout,
-         py::object dfinal, py::tuple needed) {
-        const Call c(isa, cell, threads, batch_sizes, x, weights);
+      [](const std::string& isa, int cell, int threads, bool deterministic, py::object batch_sizes,
+         py::object x, py::tuple weights, py::object state, py::object out, py::object saved,
+         py::object dout, py::object dfinal, py::tuple needed) {
+        const Call c(isa, cell, threads, deterministic, batch_sizes, x, weights);
         return with_type(c.x, [&](auto zero) {
           return backward_as<decltype(zero)>(c, x, weights, state, out, saved, dout, dfinal,
                                              needed);

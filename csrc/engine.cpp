@@ -112,7 +112,8 @@ int threads_for(double flops, int threads) {
   return flops < kSerialFlops || g_forked ? 1 : std::max(1, threads);
 }
 
-Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, double flops, double bytes) {
+Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, bool deterministic,
+           double flops, double bytes) {
   const int64_t B = rows.B;
   threads = threads_for(flops * static_cast<double>(rows.N) * D, wanted);
   const int64_t sequences = B * D;
@@ -125,7 +126,9 @@ Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, double flo
     const double alone = cost(std::ceil(static_cast<double>(sequences) / threads));
     const bool starved = bytes > kCoreCache && B < kRowsThatHideWeights * threads && D < threads;
     const double step = flops * static_cast<double>(B);
-    units = (shared < 0.9 * alone || starved) && step > kStepFlops * threads && !cores_are_shared();
+    // A bias gradient's sum has another order in the other plan.
+    units = (shared < 0.9 * alone || starved) && step > kStepFlops * threads &&
+            (deterministic || !cores_are_shared());
   }
   if (units) {
     for (int d = 0; d < D; ++d) tasks.push_back({0, d, 0, B});

@@ -50,6 +50,7 @@ struct Layer {
   int64_t I = 0, H = 0, P = 0;
   int D = 1;
   int threads = 1;
+  bool deterministic = false;  // the same plan whatever else the cores have to do
   Weights<T> weights[kMaxDirections];
   const T* state[kMaxStates] = {};  // h [D, B, P], others [D, B, H]; null is zero
 
@@ -130,7 +131,8 @@ struct Plan {
   int64_t most_rows = 0;  // of any task
 
   // flops of one row at one step, and bytes of the weights that such a row reads.
-  Plan(const Rows& rows, int D, int threads, bool may_split_units, double flops, double bytes);
+  Plan(const Rows& rows, int D, int threads, bool may_split_units, bool deterministic, double flops,
+       double bytes);
 };
 
 // Memory that is kept from call to call, so that a warm call maps no pages: mapping a fresh buffer

@@ -260,7 +260,7 @@ void check_plan(const std::vector<int64_t>& sizes, int D, int threads) {
   int64_t N = 0;
   for (int64_t n : sizes) N += n;
   const Rows rows(N, sizes.front(), sizes.data(), static_cast<int64_t>(sizes.size()));
-  const Plan plan(rows, D, threads, false, 1e9, 0);
+  const Plan plan(rows, D, threads, false, true, 1e9, 0);
   std::vector<int> met(D * rows.B, 0);
   std::vector<int64_t> load(plan.threads, 0);
   for (const Task& task : plan.tasks) {

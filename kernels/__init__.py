@@ -1,4 +1,4 @@
-"""Kernels that are written in Python: home of the Triton and Numba backends' device code.
+"""Kernels that are written in Python: the Triton and Numba backends' will be here.
 
 The folder ``kernels/`` of the source tree is installed as ``fastrnn.kernels``; import it by that
 name only. The C++ kernels are in ``csrc/``.

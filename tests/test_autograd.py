@@ -497,8 +497,17 @@ def test_transforms_are_refused(transform: str) -> None:
         "jvp": lambda: torch.func.jvp(f, (x[0],), (x[1],)),
         "vmap": lambda: torch.func.vmap(f)(x),
     }
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        run[transform]()
+    for needed in (True, False):
+        m.requires_grad_(needed)
+        with pytest.raises(RuntimeError, match=r"transforms of torch\.func"):
+            run[transform]()
+
+
+def test_batched_gradients_are_refused() -> None:
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    y, _ = fastrnn.GRU(3, 4)(x)
+    with pytest.raises(RuntimeError, match="no batched gradients"):
+        torch.autograd.grad(y, x, torch.ones(2, *y.shape), is_grads_batched=True)
 
 
 def test_a_choice_of_backend_is_not_part_of_the_graph() -> None:

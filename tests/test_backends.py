@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -44,14 +43,10 @@ modes = pytest.mark.parametrize("mode", CELLS)
 
 def test_cpp_is_here() -> None:
     """Else the tests below would all be left out, unnoticed."""
-    if "FASTRNN_ALLOW_NO_CPP" in os.environ:
-        pytest.skip("FASTRNN_ALLOW_NO_CPP is set")
     assert load("cpp").missing() is None
 
 
 def test_every_cell_runs_on_cpp() -> None:
-    if "FASTRNN_ALLOW_NO_CPP" in os.environ:
-        pytest.skip("FASTRNN_ALLOW_NO_CPP is set")
     for mode in LAYERS:
         for dtype in DTYPES:
             assert load("cpp").refuses(CELLS[mode], dtype, torch.device("cpu")) is None

@@ -172,8 +172,30 @@ def test_tensors_without_strides(layout: str) -> None:
         x = x.to_sparse()
     else:
         h = h.to_sparse()
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match=r"layout torch.strided|plain strides"):
         fastrnn.GRU(3, 4)(x, h)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("x, h", [((1, 3), (4,)), ((3,), (1, 4)), ((3,), (2, 4)), ((2, 3), (4,))])
+def test_a_cells_state_of_another_rank(mode: str, x: tuple[int, ...], h: tuple[int, ...]) -> None:
+    for m in (make(3, 4) for make in STEPS[mode]):
+        hx = (torch.randn(h),) * 2 if mode == "LSTM" else torch.randn(h)
+        with pytest.raises(RuntimeError):
+            m(torch.randn(x), hx)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cell_without_features(mode: str) -> None:
+    """torch.nn's cells take input_size=0, and only its cells."""
+    mine, torchs = (make(0, 4) for make in STEPS[mode])
+    torchs.load_state_dict(mine.state_dict())
+    x = torch.randn(2, 0)
+    torch.testing.assert_close(leaves(mine(x)), leaves(torchs(x)))
+    sum(t.sum() for t in leaves(mine(x))).backward()
+    assert mine.weight_ih.grad.shape == mine.weight_ih.shape
+    with pytest.raises(RuntimeError, match="hidden_size above 0"):
+        STEPS[mode][0](3, 0)(torch.randn(2, 3))
 
 
 # Weights that the user replaced
@@ -194,6 +216,7 @@ BAD_WEIGHTS: dict[str, tuple[str, Tensor]] = {
     "short bias": ("bias_ih_l0", torch.randn(4)),
     "bias of one": ("bias_hh_l0", torch.randn(1)),
     "2-D bias": ("bias_hh_l0", torch.randn(12, 1)),
+    "bias with a row": ("bias_ih_l0", torch.randn(1, 12)),
     "float64": ("weight_hh_l0", torch.randn(12, 4).double()),
     "float64 bias": ("bias_hh_l0", torch.randn(12).double()),
     "int": ("weight_hh_l0", torch.ones(12, 4, dtype=torch.int64)),
@@ -450,7 +473,7 @@ def test_tensors_asked_by_their_methods() -> None:
 
     def run(x: Tensor, w: Tensor) -> Tensor:
         weights = (Asked(w), *map(Asked, others), None)
-        return cpp.forward(cpp.isas()[0], 0, 1, None, Asked(x), (weights,), None, None)[0]
+        return cpp.forward(cpp.isas()[0], 0, 1, True, None, Asked(x), (weights,), None, False)[0]
 
     torch.testing.assert_close(run(x, w_ih), m(x)[0])
     w = w_ih

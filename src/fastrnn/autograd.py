@@ -83,20 +83,24 @@ class _Layer(torch.autograd.Function):
         if dout is not None or any(g is not None for g in dfinal):
             x, out, saved, *tensors = ctx.saved_tensors
             weights, state = _unflatten(ctx.D, tensors)
-            with torch.no_grad():
-                grads = ctx.backend.backward(
-                    ctx.cell,
-                    x,
-                    weights,
-                    state,
-                    ctx.batch_sizes,
-                    ctx.batch,
-                    out,
-                    saved,
-                    dout,
-                    dfinal,
-                    needed,
-                )
+            try:
+                with torch.no_grad():
+                    grads = ctx.backend.backward(
+                        ctx.cell,
+                        x,
+                        weights,
+                        state,
+                        ctx.batch_sizes,
+                        ctx.batch,
+                        out,
+                        saved,
+                        dout,
+                        dfinal,
+                        needed,
+                    )
+            except (ValueError, RuntimeError):
+                _refuse_batched(dout, *dfinal)
+                raise
         # With create_graph=True these would otherwise be constants to whoever differentiates again.
         if torch.is_grad_enabled():
             anchor = torch.empty(0, requires_grad=True)
@@ -116,6 +120,12 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(
             "fastrnn's layers cannot be differentiated twice: double backward is not supported"
         )
+
+
+def _refuse_batched(*grads: Tensor | None) -> None:
+    """No backend knows the tensors of ``is_grads_batched=True``; each fails in its own words."""
+    if any(g is not None and "Batched" in str(torch._C._dispatch_keys(g)) for g in grads):
+        raise RuntimeError("fastrnn's layers have no batched gradients (is_grads_batched=True)")
 
 
 def _unflatten(D: int, tensors: Sequence[Tensor]) -> tuple[list[Weights], State | None]:

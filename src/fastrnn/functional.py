@@ -110,6 +110,11 @@ def step(
 
 
 def _refuse_tracing() -> None:
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "vmap and the other transforms of torch.func cannot go through fastrnn's layers: "
+            "transform torch.nn's"
+        )
     # Kernels that are not torch's operators would go unrecorded, and their results as constants.
     if torch._C._is_tracing():
         raise RuntimeError("torch.jit.trace cannot record fastrnn's layers: trace torch.nn's")
@@ -130,7 +135,7 @@ def _layer(
     batch_sizes: Tensor | None,
     batch: int,
 ) -> tuple[Tensor, State]:
-    if not run.CHECKS:
+    if not run.CHECKS or x.layout is not torch.strided:
         _check(cell, x, weights, state, batch_sizes, batch)
     try:
         return layer(run, cell, x.contiguous(), weights, state, batch_sizes, batch)
@@ -162,6 +167,8 @@ def _check_weights(cell: Cell, x: Tensor, weights: Weights, first: Weights) -> N
     rows, P = first[1].shape
     G = len(cell.gates)
     H, rest = divmod(rows, G)
+    if H == 0:
+        raise RuntimeError(f"{cell.mode}: expected hidden_size above 0, got {H}")
     if rest:
         raise RuntimeError(f"{cell.mode}: expected weight_hh of {G} x hidden_size rows, got {rows}")
     _check_weight(cell, "weight_ih", w_ih, (rows, x.shape[-1]), x)

@@ -190,11 +190,8 @@ class RNNBase(nn.RNNBase):
         weights = self._weights()
         if isinstance(input, PackedSequence):
             return self._forward_packed(cell, weights, input, hx)
+        self._check_dimensions(input)
         dim = input.dim()
-        if dim not in (2, 3):
-            raise ValueError(
-                f"{self._name}: Expected input to be 2D or 3D, got {dim}D tensor instead"
-            )
         state = None if hx is None else self._check_rank(cell, hx, dim)
         if dim == 2:
             input = input.unsqueeze(1)
@@ -245,6 +242,12 @@ class RNNBase(nn.RNNBase):
     @property
     def _name(self) -> str:
         return "RNN" if self.mode.startswith("RNN_") else self.mode
+
+    def _check_dimensions(self, input: Tensor) -> None:
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"{self._name}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead"
+            )
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
         if input.dtype is not weight.dtype:
@@ -476,24 +479,13 @@ class RNNCellBase(nn.RNNCellBase):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Run one step; see the class for shapes and errors."""
         cell = self._cell
-        name = type(self).__name__
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        state = None if hx is None else _as_state(cell, hx)
+        weights = self._weights()
+        self._check_dimensions(input)
         batched = input.dim() == 2
+        state = None if hx is None else self._check_rank(cell, hx, input.dim())
+        self._check_input(input, weights[0])
         if not batched:
             input = input.unsqueeze(0)
-        if state is not None:
-            for k, s in enumerate(state):
-                if s.dim() not in (1, 2):
-                    which = "hidden" if len(state) == 1 else f"hx[{k}]"
-                    raise ValueError(
-                        f"{name}: Expected {which} to be 1D or 2D, got {s.dim()}D instead"
-                    )
-            if not batched:
-                state = tuple(s.unsqueeze(0) if s.dim() == 1 else s for s in state)
-        weights = self._weights()
-        self._check_input(input, weights[0])
         new = functional.step(cell, input, state, weights)
         if not batched:
             new = tuple(s.squeeze(0) for s in new)
@@ -502,6 +494,31 @@ class RNNCellBase(nn.RNNCellBase):
     def _weights(self) -> Weights:
         w_ih, w_hh, b_ih, b_hh = _lookup(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         return w_ih, w_hh, b_ih, b_hh, None
+
+    @property
+    def _name(self) -> str:
+        return f"{self._cell.mode.split('_')[0]}Cell"
+
+    def _check_rank(self, cell: Cell, hx: Any, dim: int) -> State:
+        """``hx`` as one tensor ``[B, H]`` per state."""
+        state = _as_state(cell, hx)
+        if any(s.dim() != dim for s in state):
+            names = "hidden" if len(state) == 1 else "hx[0] and hx[1]"
+            got = ", ".join(f"{s.dim()}D" for s in state)
+            if any(s.dim() not in (1, 2) for s in state):
+                raise ValueError(
+                    f"{self._name}: Expected {names} to be 1D or 2D, got {got} instead"
+                )
+            raise RuntimeError(
+                f"{self._name}: Expected {names} to be {dim}D like the input, got {got} instead"
+            )
+        return state if dim == 2 else tuple(s.unsqueeze(0) for s in state)
+
+    def _check_dimensions(self, input: Tensor) -> None:
+        if input.dim() not in (1, 2):
+            raise ValueError(
+                f"{self._name}: Expected input to be 1D or 2D, got {input.dim()}D instead"
+            )
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
         if input.dtype is not weight.dtype:
@@ -525,7 +542,10 @@ class RNNCell(RNNCellBase, nn.RNNCell):
 
     @property
     def _cell(self) -> Cell:
-        return CELLS[_rnn_mode(self.nonlinearity)]
+        try:
+            return CELLS[_rnn_mode(self.nonlinearity)]
+        except ValueError as error:  # torch's type, where it is met at a call
+            raise RuntimeError(*error.args) from None
 
 
 class LSTMCell(RNNCellBase, nn.LSTMCell):
@@ -573,5 +593,7 @@ def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Ch
     data = input.data if isinstance(input, PackedSequence) else input
     if not isinstance(data, Tensor):
         raise TypeError(f"expected a Tensor or a PackedSequence, got {type(data).__name__}")
-    module._check_input(data, next(module.parameters()))
+    weights = module._weights()
+    module._check_dimensions(data)
+    module._check_input(data, weights[0] if isinstance(weights, tuple) else weights[0][0][0])
     return choose(module._cell, data.dtype, data.device)
