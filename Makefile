@@ -13,7 +13,7 @@ extension := build/extension-$(notdir $(VENV))
 selftest := build/selftest-$(notdir $(lastword $(CXX)))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test heavy test-isa bench readme bench-loaded bench-compare lint sanitize wheel clean
+.PHONY: help demo test heavy test-isa bench readme bench-loaded bench-compare lint sanitize fuzz wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,9 +61,15 @@ lint: $(VENV)/.dev ## check style and types
 	$(bin)/mypy
 	$(bin)/clang-format --dry-run --Werror $(csrc)
 
-sanitize: $(selftest) $(selftest)-openmp ## run the C++ self-test under address and undefined-behaviour checks
+sanitize: $(selftest) $(selftest)-openmp fuzz ## run the C++ under address and undefined-behaviour checks
 	$(selftest)
 	$(selftest)-openmp
+
+# The extension's argument checks. Python is not sanitized, so the runtime is loaded before it.
+fuzz: build/sanitized $(VENV)/.dev
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=8192 \
+		PYTHONPATH=$<:tests $(bin)/python tests/fuzz_extension.py
 
 wheel: $(VENV)/.dev ## build the sdist and from it the wheel, and test that in a clean environment
 	rm -rf dist build/wheel
@@ -102,10 +108,17 @@ build/probe: bench/probe.cpp
 	@mkdir -p build
 	$(CXX) -O2 -std=c++17 -Wno-psabi -pthread $< -o $@
 
+sanitizers := -fsanitize=address,undefined -fno-sanitize-recover=all
+build/sanitized: setup.py $(filter-out csrc/selftest.cpp, $(csrc)) $(wildcard src/fastrnn/*.py) | $(VENV)/.torch
+	rm -rf $@
+	FASTRNN_CXXFLAGS="-O1 -g $(sanitizers)" $(bin)/python setup.py --quiet build_ext --build-lib $@ \
+		--build-temp $@/objects --force
+	cp -r src/fastrnn/*.py src/fastrnn/backends $@/fastrnn
+
 # The flags of the vector maths are those of setup.py.
 $(selftest): openmp := -Wno-unknown-pragmas
 $(selftest)-openmp: openmp := -fopenmp
 $(selftest) $(selftest)-openmp: $(filter-out csrc/bindings.cpp, $(csrc))
 	@mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -fno-math-errno -fno-trapping-math -ffp-contract=fast \
-		-fsanitize=address,undefined -fno-sanitize-recover=all $(openmp) $(filter %.cpp, $^) -o $@
+		$(sanitizers) $(openmp) $(filter %.cpp, $^) -o $@
