@@ -138,8 +138,8 @@ GUARD = 32
 
 def main() -> None:
     faulthandler.enable()
-    # A size that nobody has memory for must end in an exception, and not in the machine's. Under the
-    # address sanitizer, which reserves terabytes, its own limit takes the place of this one.
+    # A size that nobody has memory for must end in an exception, and not in the machine's. The
+    # address sanitizer, which reserves terabytes, has a limit of its own.
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):
         resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
     random.seed(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -176,13 +177,15 @@ class RNNBase(nn.RNNBase):
 
     def _weights(self) -> list[list[Weights]]:
         """``[layer][direction]``, as :func:`fastrnn.functional.rnn` takes them."""
-        D = 2 if self.bidirectional else 1
         flat: list[Weights] = []
         for names in self._all_weights:
             w = _lookup(self, names)
-            b_ih, b_hh = w[2:4] if self.bias else (None, None)
-            flat.append((w[0], w[1], b_ih, b_hh, w[-1] if self.proj_size else None))
-        return [flat[k : k + D] for k in range(0, len(flat), D)]
+            if not self.bias:
+                w = (*w[:2], None, None, *w[2:])
+            flat.append(w if self.proj_size else (*w, None))
+        if not self.bidirectional:
+            return [[w] for w in flat]
+        return [flat[k : k + 2] for k in range(0, len(flat), 2)]
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """Run the layers; see the class for shapes and errors."""
@@ -307,13 +310,13 @@ class RNNBase(nn.RNNBase):
         return state if len(state) > 1 else state[0]
 
 
-def _lookup(module: nn.Module, names: Sequence[str]) -> list[Any]:
+def _lookup(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
     """Attributes by name; parameters are found without the cost of ``nn.Module.__getattr__``."""
-    parameters = module._parameters
     try:
-        return [parameters[name] for name in names]
+        found: tuple[Any, ...] = itemgetter(*names)(module._parameters)
+        return found
     except KeyError:
-        return [getattr(module, name) for name in names]
+        return tuple([getattr(module, name) for name in names])
 
 
 def _as_state(cell: Cell, hx: Any) -> State:
@@ -492,8 +495,7 @@ class RNNCellBase(nn.RNNCellBase):
         return new if len(new) > 1 else new[0]
 
     def _weights(self) -> Weights:
-        w_ih, w_hh, b_ih, b_hh = _lookup(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        return w_ih, w_hh, b_ih, b_hh, None
+        return (*_lookup(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")), None)
 
     @property
     def _name(self) -> str:
