@@ -88,12 +88,26 @@ constexpr int kSpins = 200;
 // A wait that only a scheduler explains; so many of them in one call say that the cores are shared.
 constexpr auto kLongWait = std::chrono::microseconds(200);
 constexpr int kLongWaits = 3;
-constexpr auto kShared = std::chrono::milliseconds(500);
-std::atomic<Clock::rep> g_shared_until{0};
+// So long no steps are shared then: twice as long each time, and half as long for every call that
+// shared its steps undisturbed.
+constexpr Clock::rep kShortestPause = Clock::duration(std::chrono::milliseconds(4)).count();
+constexpr Clock::rep kLongestPause = Clock::duration(std::chrono::milliseconds(512)).count();
+std::atomic<Clock::rep> g_pause{kShortestPause}, g_shared_until{0};
 
 bool cores_are_shared() {
   const Clock::rep until = g_shared_until.load(std::memory_order_relaxed);
   return until && Clock::now().time_since_epoch().count() < until;
+}
+
+void cores_were_shared() {
+  const Clock::rep pause = g_pause.load(std::memory_order_relaxed);
+  g_shared_until.store(Clock::now().time_since_epoch().count() + pause);
+  g_pause.store(std::min(2 * pause, kLongestPause));
+}
+
+void cores_were_ours() {
+  const Clock::rep pause = g_pause.load(std::memory_order_relaxed);
+  if (pause > kShortestPause) g_pause.store(pause / 2);
 }
 
 // The OpenMP runtime ends the process when it cannot start what it was asked for.
@@ -187,8 +201,8 @@ std::atomic<bool> g_poison{false};
 size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
 void* allocate(size_t bytes) {
-  void* p = std::aligned_alloc(bytes >= kHugePage ? kHugePage : 4096, bytes);
-  if (!p) throw std::bad_alloc();
+  void* p = nullptr;
+  if (posix_memalign(&p, bytes >= kHugePage ? kHugePage : 4096, bytes)) throw std::bad_alloc();
 #if defined(FASTRNN_POSIX) && defined(MADV_HUGEPAGE)
   if (bytes >= kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
 #endif
@@ -199,8 +213,7 @@ void* allocate(size_t bytes) {
 
 Scratch::Scratch(size_t bytes) : size_(bytes) {
   if (bytes > PTRDIFF_MAX - kHugePage) throw std::bad_alloc();
-  const size_t wanted =
-      bytes >= kHugePage ? round_up(bytes, kHugePage) : round_up(std::max<size_t>(bytes, 1), 4096);
+  const size_t wanted = round_up(std::max<size_t>(bytes, 1), 4096);
   // try_lock: a child forked while another thread held the mutex must not wait for it.
   Pool& p = pool();
   if (std::unique_lock<std::mutex> lock(p.mutex, std::try_to_lock); lock) {
@@ -281,9 +294,11 @@ void Barrier::wait_long(int phase) {
     sched_yield();
 #endif
   }
-  if (Clock::now() - start > kLongWait && ++long_waits_ == kLongWaits) {
-    g_shared_until.store((Clock::now() + kShared).time_since_epoch().count());
-  }
+  if (Clock::now() - start > kLongWait && ++long_waits_ == kLongWaits) cores_were_shared();
+}
+
+Barrier::~Barrier() {
+  if (phase_ > kLongWaits && !long_waits_) cores_were_ours();
 }
 
 void parallel(int threads, Job job, void* context) {

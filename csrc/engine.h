@@ -178,6 +178,8 @@ class Carver {
 // and again, other programs want the cores, and for a while no plan is made that shares steps.
 class Barrier {
  public:
+  Barrier() = default;
+  ~Barrier();
   void wait(int team);
 
  private:
