@@ -73,8 +73,14 @@ namespace {
 
 // Below this much arithmetic, waking the pool costs more than a second thread saves.
 constexpr double kSerialFlops = 5e5;
-// A step shared by threads must bring each of them this much, or the barrier eats the gain.
-constexpr double kStepFlops = 1.5e4;
+// Flops per second of one thread in the small steps for which a barrier is a matter of doubt.
+constexpr double kStepRate = 1e11;
+// Seconds of a barrier where the cores are near each other. A step that saves so many times as much
+// is worth sharing, since every thread then waits for the others' h too; one that saves so very
+// many times as much, whatever a barrier costs.
+constexpr double kBarrierSeconds = 5e-8;
+constexpr double kWorth = 3;
+constexpr double kWorthAnything = 60;
 constexpr double kFirstCache = 32 << 10;
 // What one core keeps to itself; weights beyond it come over a shared path again at every step.
 constexpr double kCoreCache = 1 << 20;
@@ -126,6 +132,40 @@ int threads_for(double flops, int threads) {
   return flops < kSerialFlops || g_forked ? 1 : std::max(1, threads);
 }
 
+namespace {
+
+// The seconds of a barrier now. A host may move its guests' cores away from each other, and a line
+// of memory then takes five times as long from one to the other: so it is measured, once in a
+// while.
+double barrier_seconds(int threads) {
+  static std::atomic<Clock::rep> measured_at{0};
+  static std::atomic<double> seconds{kBarrierSeconds};
+  constexpr Clock::rep kValidFor = Clock::duration(std::chrono::milliseconds(100)).count();
+  const Clock::rep now = Clock::now().time_since_epoch().count();
+  const Clock::rep before = measured_at.load(std::memory_order_relaxed);
+  if (before && now - before < kValidFor) return seconds.load(std::memory_order_relaxed);
+  measured_at.store(now);
+  double best = 1;
+  parallel(
+      threads,
+      [](void* context, int thread, int team, Barrier& barrier) {
+        double& best = *static_cast<double*>(context);
+        constexpr int kRounds = 8;
+        barrier.wait(team);
+        for (int trial = 0; trial < 3; ++trial) {
+          const auto start = Clock::now();
+          for (int round = 0; round < kRounds; ++round) barrier.wait(team);
+          const std::chrono::duration<double> took = Clock::now() - start;
+          if (thread == 0) best = std::min(best, took.count() / kRounds);
+        }
+      },
+      &best);
+  seconds.store(best);
+  return best;
+}
+
+}  // namespace
+
 Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, bool deterministic,
            double flops, double bytes) {
   const int64_t B = rows.B;
@@ -139,10 +179,14 @@ Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, bool deter
     const double shared = D * cost(static_cast<double>(B)) / threads;
     const double alone = cost(std::ceil(static_cast<double>(sequences) / threads));
     const bool starved = bytes > kCoreCache && B < kRowsThatHideWeights * threads && D < threads;
-    const double step = flops * static_cast<double>(B);
+    // What sharing a step saves must be more than the barrier after it.
+    const double saved = flops * static_cast<double>(B) / kStepRate * (1 - 1.0 / threads);
+    units = (shared < 0.9 * alone || starved) && saved > kWorth * kBarrierSeconds;
     // A bias gradient's sum has another order in the other plan.
-    units = (shared < 0.9 * alone || starved) && step > kStepFlops * threads &&
-            (deterministic || !cores_are_shared());
+    if (units && !deterministic) {
+      units = !cores_are_shared() && (saved > kWorthAnything * kBarrierSeconds ||
+                                      saved > kWorth * barrier_seconds(threads));
+    }
   }
   if (units) {
     for (int d = 0; d < D; ++d) tasks.push_back({0, d, 0, B});
