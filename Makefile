@@ -36,8 +36,8 @@ bench := $(bin)/pytest -q --timeout 900 -o faulthandler_timeout=960 \
 	--benchmark-disable-gc --benchmark-columns=median --benchmark-sort=name
 bench: build/probe $(VENV)/.bench ## measure fastrnn against torch.nn and every other peer, and plot
 	@mkdir -p build/bench
-	$(bench) --probe build/probe --memory --benchmark-json build/bench/results.json bench
-	$(bin)/python bench/report.py build/bench/results.json
+	$(bench) --probe build/probe --memory --benchmark-json build/bench/results.json bench; \
+		status=$$?; $(bin)/python bench/report.py build/bench/results.json && exit $$status
 
 readme: ## write the last run of `make bench`, and of bench-loaded, into README.md and docs/
 	$(bin)/python bench/report.py build/bench/results.json --readme \
@@ -47,7 +47,7 @@ readme: ## write the last run of `make bench`, and of bench-loaded, into README.
 loaded := $(bench) --peers torch.nn --seconds 0.5 \
 	-k "(100x1x512x512 or 100x1x256x256 or 100x32x64x64 or 60x3x23x127 or 200x128x128x128) \
 	and not (layers or bidirectional or packed or thread)"
-bench-loaded: build/probe $(VENV)/.bench ## measure against torch.nn on busy cores, and on one core
+bench-loaded: $(VENV)/.bench ## measure against torch.nn on busy cores, and on one core
 	@mkdir -p build/bench
 	taskset -c 0 $(loaded) --benchmark-json build/bench/one-core.json bench
 	$(loaded) --busy --benchmark-json build/bench/busy.json bench

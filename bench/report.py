@@ -65,6 +65,11 @@ class Result:
         return self.cell, self.which, self.shape, self.variant
 
     @property
+    def readings(self) -> int:
+        """How often W_hh must be read: once a step, in training once more going back."""
+        return self.shape.T * (2 if self.which == "training" else 1)
+
+    @property
     def rate(self) -> float:
         return self.flops / self.seconds["fastrnn"]
 
@@ -108,14 +113,15 @@ class Report:
             (rate for size, rate in probe["read"] if size >= r.recurrent_bytes),
             probe["read"][-1][1],
         )
-        steps = r.shape.T * (2 if r.which == "training" else 1)
-        return steps * r.recurrent_bytes / rate / r.seconds["fastrnn"]
+        return r.readings * r.recurrent_bytes / rate / r.seconds["fastrnn"]
 
     # Text
 
     def heading(self) -> list[str]:
         versions = ", ".join(f"{n} {v}" for n, v in self.ours["versions"].items())
-        commit = str(self.commit.get("id"))[:10] + (" and changes" if self.commit["dirty"] else "")
+        commit = str(self.commit.get("id"))[:10] + (
+            " and changes" if self.commit.get("dirty") else ""
+        )
         cpu = self.machine.get("cpu", {}).get("brand_raw", self.machine["processor"])
         lines = [
             f"- {self.ours['threads']} threads on {self.ours['cores']} cores of {cpu}, "
@@ -214,7 +220,7 @@ class Report:
         ]
 
     def beside(self, others: dict[str, Report]) -> list[str]:
-        """The ratio against torch.nn here and under other conditions, where it falls most."""
+        """The ratio against torch.nn here and under other conditions, of the cases in both."""
         names = " | ".join(others)
         lines = [
             f"| cell | pass | (T, B, I, H) | | here | {names} |",
@@ -303,8 +309,7 @@ class Report:
             for which, fill in zip(PASSES, ("none", "full"), strict=True):
                 points = [
                     (
-                        r.flops
-                        / (r.recurrent_bytes * r.shape.T * (3 if r.which == "training" else 1)),
+                        r.flops / (r.recurrent_bytes * r.readings),
                         r.rate / 1e9,
                     )
                     for r in results

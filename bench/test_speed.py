@@ -37,8 +37,15 @@ def test_speed(
         if why := absent.get(peer.name) or peer.refuses(case):
             refusals[peer.name] = why
             continue
-        runs[peer.name] = peer.prepare(case, numbers, threads)
-        peers.check(peer, peer.results(runs[peer.name]()), expected)
+        try:
+            run = peer.prepare(case, numbers, threads)
+            peers.check(peer, peer.results(run()), expected)
+        except Exception as error:
+            if peer in (peers.OURS, peers.PEERS[0]):
+                raise
+            refusals[peer.name] = f"failed: {error}"
+            continue
+        runs[peer.name] = run
 
     once = {name: min(peers.timed(run, 2) for _ in range(3)) for name, run in runs.items()}
     repeats = {name: max(1, round(peers.SAMPLE / seconds)) for name, seconds in once.items()}

@@ -145,23 +145,30 @@ double barrier_seconds(int threads) {
   const Clock::rep before = measured_at.load(std::memory_order_relaxed);
   if (before && now - before < kValidFor) return seconds.load(std::memory_order_relaxed);
   measured_at.store(now);
-  double best = 1;
+  struct Found {
+    double best = 1;
+    bool stop = false;
+  } found;
   parallel(
       threads,
       [](void* context, int thread, int team, Barrier& barrier) {
-        double& best = *static_cast<double*>(context);
-        constexpr int kRounds = 8;
+        Found& found = *static_cast<Found*>(context);
         barrier.wait(team);
-        for (int trial = 0; trial < 3; ++trial) {
+        for (int trial = 0; trial < 12 && !found.stop; ++trial) {
           const auto start = Clock::now();
-          for (int round = 0; round < kRounds; ++round) barrier.wait(team);
+          barrier.wait(team);
+          barrier.wait(team);
           const std::chrono::duration<double> took = Clock::now() - start;
-          if (thread == 0) best = std::min(best, took.count() / kRounds);
+          if (thread == 0) {
+            found.best = std::min(found.best, took.count() / 2);
+            found.stop = took > kLongWait;  // busy cores: a scheduler's slice for every wait
+          }
+          barrier.wait(team);
         }
       },
-      &best);
-  seconds.store(best);
-  return best;
+      &found);
+  seconds.store(found.best);
+  return found.best;
 }
 
 }  // namespace
@@ -186,6 +193,7 @@ Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, bool deter
     if (units && !deterministic) {
       units = !cores_are_shared() && (saved > kWorthAnything * kBarrierSeconds ||
                                       saved > kWorth * barrier_seconds(threads));
+      units = units && !cores_are_shared();  // which that may have found out
     }
   }
   if (units) {
@@ -341,8 +349,8 @@ void Barrier::wait_long(int phase) {
   if (Clock::now() - start > kLongWait && ++long_waits_ == kLongWaits) cores_were_shared();
 }
 
-Barrier::~Barrier() {
-  if (phase_ > kLongWaits && !long_waits_) cores_were_ours();
+void Barrier::undisturbed() const {
+  if (!long_waits_) cores_were_ours();
 }
 
 void parallel(int threads, Job job, void* context) {

@@ -178,9 +178,9 @@ class Carver {
 // and again, other programs want the cores, and for a while no plan is made that shares steps.
 class Barrier {
  public:
-  Barrier() = default;
-  ~Barrier();
   void wait(int team);
+  // Says that steps were shared, if nobody was ever put aside.
+  void undisturbed() const;
 
  private:
   void wait_long(int phase);

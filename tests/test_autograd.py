@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -381,6 +382,35 @@ def test_backward_runs_where_forward_ran(
     assert len(calls) == 2 * len(others or [backend])
 
 
+@pytest.fixture(params=["usual memory", "kept memory"])
+def memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Results of any size where otherwise only large ones are."""
+    cpp: Any = load("cpp")
+    if cpp.missing() is not None or request.param == "usual memory":
+        yield
+        return
+    cpp._cpp.make_large(1, cpp._large)
+    yield
+    cpp._cpp.make_large(cpp.LARGE, cpp._large)
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("mode", MODES)
+def test_results_are_tensors_like_any_other(mode: str) -> None:
+    m, cell = LAYERS[mode][0](5, 6), STEPS[mode][0](5, 6)
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    for t in (final_states(m(x)[1])[-1], *final_states(cell(x[0]))[1:]):
+        t.mul_(2).sum().backward()  # the output is what backward needs
+    assert not x.grad._is_view()
+    with torch.no_grad():
+        y, _ = m(x)
+    y.add_(m.weight_hh_l0[0])
+    y.sum().backward()
+    assert torch.equal(pickle.loads(pickle.dumps(y.detach())), y)
+    assert y.detach().share_memory_().is_shared()
+
+
+@pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layers", [1, 2, 0])
 def test_states_may_be_detached_in_place(mode: str, layers: int) -> None:

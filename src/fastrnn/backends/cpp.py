@@ -151,7 +151,8 @@ def _large(like: Tensor, *shape: int) -> Tensor:
     """
     count = math.prod(shape)
     scratch = _cpp.Scratch(count * like.element_size())
-    return torch.frombuffer(scratch, dtype=like.dtype, count=count).view(shape)
+    # In place, since a view could not be detached in place nor edited inside a Function.
+    return torch.frombuffer(scratch, dtype=like.dtype, count=count).resize_(shape)
 
 
 if _missing is None:

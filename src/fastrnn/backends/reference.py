@@ -106,7 +106,8 @@ def forward(
             out[rows, d] = h
             for old, new in zip(running, (h, *y[1:]), strict=True):
                 old.copy_(new)
-    return out.view(*leading, D * P), result, saved
+    # In place: no view, which could not be edited after no_grad.
+    return out.resize_(*leading, D * P), result, saved
 
 
 @_in_own_dtype
