@@ -109,7 +109,8 @@ build/probe: bench/probe.cpp
 	$(CXX) -O2 -std=c++17 -Wno-psabi -pthread $< -o $@
 
 sanitizers := -fsanitize=address,undefined -fno-sanitize-recover=all
-build/sanitized: setup.py $(filter-out csrc/selftest.cpp, $(csrc)) $(wildcard src/fastrnn/*.py) | $(VENV)/.torch
+build/sanitized: setup.py $(filter-out csrc/selftest.cpp, $(csrc)) \
+		$(wildcard src/fastrnn/*.py src/fastrnn/backends/*.py) | $(VENV)/.torch
 	rm -rf $@
 	FASTRNN_CXXFLAGS="-O1 -g $(sanitizers)" $(bin)/python setup.py --quiet build_ext --build-lib $@ \
 		--build-temp $@/objects --force
