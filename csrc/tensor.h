@@ -108,15 +108,19 @@ class Tensor {
     } else {
       if (attribute(object, names().is_cpu).ptr() != Py_True)
         fail(std::string(name_) + ": expected a CPU tensor");
-      const auto shape = py::cast<py::tuple>(attribute(object, names().shape));
-      const auto stride = py::cast<py::tuple>(call(object, names().stride));
-      if (shape.size() != stride.size())
-        fail(std::string(name_) + ": expected one stride for each size");
-      take(
-          shape.size(), [&](int k) { return py::cast<int64_t>(shape[k]); },
-          [&](int k) { return py::cast<int64_t>(stride[k]); });
+      try {
+        const auto shape = py::cast<py::tuple>(attribute(object, names().shape));
+        const auto stride = py::cast<py::tuple>(call(object, names().stride));
+        if (shape.size() != stride.size())
+          fail(std::string(name_) + ": expected one stride for each size");
+        take(
+            shape.size(), [&](int k) { return py::cast<int64_t>(shape[k]); },
+            [&](int k) { return py::cast<int64_t>(stride[k]); });
+        data_ = reinterpret_cast<char*>(py::cast<intptr_t>(call(object, names().data_ptr)));
+      } catch (const py::error_already_set&) {  // torch has many words for tensors without strides
+        fail(std::string(name_) + ": expected a CPU tensor with plain strides");
+      }
       element_ = element_named(attribute(object, names().dtype));
-      data_ = reinterpret_cast<char*>(py::cast<intptr_t>(call(object, names().data_ptr)));
     }
   }
 

@@ -159,7 +159,8 @@ def test_no_more_threads_are_started_than_torch_may_use(n: int, backend: str) ->
 # Signals
 
 INTERRUPTED = """
-import torch, fastrnn
+import signal, torch, fastrnn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 torch.set_num_threads(1)
 m = fastrnn.LSTM(256, 256, num_layers=400)
 x = torch.randn(100, 16, 256)
