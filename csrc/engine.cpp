@@ -116,9 +116,6 @@ void cores_were_ours() {
   if (pause > kShortestPause) g_pause.store(pause / 2);
 }
 
-// The OpenMP runtime ends the process when it cannot start what it was asked for.
-constexpr int kMostThreads = 4096;
-
 bool g_forked = false;
 
 #ifdef FASTRNN_POSIX
@@ -376,6 +373,8 @@ const char* threading() {
 
 int set_threads(int threads) {
 #ifdef _OPENMP
+  // The OpenMP runtime ends the process when it cannot start what it was asked for.
+  constexpr int kMostThreads = 4096;
   if (threads > kMostThreads) {
     throw std::invalid_argument("expected at most " + std::to_string(kMostThreads) +
                                 " threads, got " + std::to_string(threads));
