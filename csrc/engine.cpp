@@ -91,29 +91,41 @@ using Clock = std::chrono::steady_clock;
 
 // Some microseconds; a step that is worth sharing takes about as long.
 constexpr int kSpins = 200;
-// A wait that only a scheduler explains; so many of them in one call say that the cores are shared.
+// A wait that only a scheduler explains; or, after a rest of so long, that threads were asleep.
 constexpr auto kLongWait = std::chrono::microseconds(200);
-constexpr int kLongWaits = 3;
-// So long no steps are shared then: twice as long each time, and half as long for every call that
-// shared its steps undisturbed.
-constexpr Clock::rep kShortestPause = Clock::duration(std::chrono::milliseconds(4)).count();
-constexpr Clock::rep kLongestPause = Clock::duration(std::chrono::milliseconds(512)).count();
-std::atomic<Clock::rep> g_pause{kShortestPause}, g_shared_until{0};
+constexpr auto kRest = std::chrono::milliseconds(1);
+
+// Work of other programs shows in such waits: what they cost is owed, and what threads save by
+// sharing the work pays it back, some of it in advance. Nothing short is shared for a while if too
+// much is owed: for twice as long each time, and less long again after as much time undisturbed.
+using std::chrono::nanoseconds;
+constexpr nanoseconds kMostOwed = std::chrono::milliseconds(2);
+constexpr nanoseconds kMostPaid = std::chrono::milliseconds(20);
+constexpr nanoseconds kShortestPause = std::chrono::milliseconds(4);
+constexpr nanoseconds kLongestPause = std::chrono::milliseconds(512);
+std::atomic<nanoseconds> g_owed{}, g_pause{kShortestPause};
+std::atomic<Clock::time_point> g_shared_until{}, g_last{};
+// What takes longer than a scheduler's slice gains by sharing even then.
+constexpr double kShortFlops = 5e8;
 
 bool cores_are_shared() {
-  const Clock::rep until = g_shared_until.load(std::memory_order_relaxed);
-  return until && Clock::now().time_since_epoch().count() < until;
+  const Clock::time_point until = g_shared_until.load(std::memory_order_relaxed);
+  return until != Clock::time_point() && Clock::now() < until;
 }
 
-void cores_were_shared() {
-  const Clock::rep pause = g_pause.load(std::memory_order_relaxed);
-  g_shared_until.store(Clock::now().time_since_epoch().count() + pause);
-  g_pause.store(std::min(2 * pause, kLongestPause));
-}
-
-void cores_were_ours() {
-  const Clock::rep pause = g_pause.load(std::memory_order_relaxed);
-  if (pause > kShortestPause) g_pause.store(pause / 2);
+// So many threads shared work for so long, and each lost so much of it to waiting.
+void settle(int threads, nanoseconds took, nanoseconds lost) {
+  const nanoseconds pause = g_pause.load(std::memory_order_relaxed);
+  nanoseconds owed = g_owed.load(std::memory_order_relaxed) + lost - (threads - 1) * (took - lost);
+  owed = std::max(owed, -kMostPaid);
+  if (owed > kMostOwed) {
+    owed = nanoseconds::zero();
+    g_shared_until.store(Clock::now() + pause);
+    g_pause.store(std::min(2 * pause, kLongestPause));
+  } else if (lost == nanoseconds::zero() && pause > kShortestPause) {
+    g_pause.store(std::max(pause - took, kShortestPause));
+  }
+  g_owed.store(owed, std::memory_order_relaxed);
 }
 
 bool g_forked = false;
@@ -125,8 +137,10 @@ const int g_fork_handler = pthread_atfork(nullptr, nullptr, [] { g_forked = true
 
 }  // namespace
 
-int threads_for(double flops, int threads) {
-  return flops < kSerialFlops || g_forked ? 1 : std::max(1, threads);
+int threads_for(double flops, int threads, bool deterministic) {
+  if (flops < kSerialFlops || g_forked || threads < 2) return 1;
+  if (flops < kShortFlops && !deterministic && cores_are_shared()) return 1;
+  return threads;
 }
 
 namespace {
@@ -173,7 +187,7 @@ double barrier_seconds(int threads) {
 Plan::Plan(const Rows& rows, int D, int wanted, bool may_split_units, bool deterministic,
            double flops, double bytes) {
   const int64_t B = rows.B;
-  threads = threads_for(flops * static_cast<double>(rows.N) * D, wanted);
+  threads = threads_for(flops * static_cast<double>(rows.N) * D, wanted, deterministic);
   const int64_t sequences = B * D;
   if (threads > 1 && may_split_units) {
     // Time of a step, in rows at the tile's full speed: weights beyond the first cache take as long
@@ -289,20 +303,23 @@ Scratch::Scratch(size_t bytes) : size_(bytes) {
 
 Scratch::~Scratch() {
   Pool& p = pool();
+  std::vector<Block> evicted;  // freed below, since that may take long, and others want the mutex
   if (std::unique_lock<std::mutex> lock(p.mutex, std::try_to_lock);
       lock && capacity_ <= kMostKept) {
     try {
+      auto first = p.kept.begin();
+      size_t bytes = p.bytes + capacity_;
+      for (; bytes > kMostKept; ++first) bytes -= first->capacity;
+      evicted.assign(p.kept.begin(), first);
       p.kept.push_back({data_, capacity_});
+      p.kept.erase(p.kept.begin(), p.kept.begin() + static_cast<std::ptrdiff_t>(evicted.size()));
+      p.bytes = bytes;
       data_ = nullptr;
-      p.bytes += capacity_;
     } catch (const std::bad_alloc&) {
-    }
-    while (p.bytes > kMostKept) {
-      std::free(p.kept.front().data);
-      p.bytes -= p.kept.front().capacity;
-      p.kept.erase(p.kept.begin());
+      evicted.clear();
     }
   }
+  for (const Block& block : evicted) std::free(block.data);
   std::free(data_);
 }
 
@@ -343,19 +360,32 @@ void Barrier::wait_long(int phase) {
     sched_yield();
 #endif
   }
-  if (Clock::now() - start > kLongWait && ++long_waits_ == kLongWaits) cores_were_shared();
-}
-
-void Barrier::undisturbed() const {
-  if (!long_waits_) cores_were_ours();
+  const nanoseconds waited = Clock::now() - start;
+  if (waited > kLongWait) lost_ += waited.count();
 }
 
 void parallel(int threads, Job job, void* context) {
   Barrier barrier;
 #ifdef _OPENMP
   if (threads > 1) {
+    std::atomic<int64_t> busy{0};  // of all that have work, from the start to their end
+    int working = 1;
+    const auto start = Clock::now();
 #pragma omp parallel
-    job(context, omp_get_thread_num(), omp_get_num_threads(), barrier);
+    {
+      const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+      job(context, thread, team, barrier);
+      if (thread < threads) busy += nanoseconds(Clock::now() - start).count();
+      if (thread == 0) working = std::min(team, threads);
+    }
+    const auto end = Clock::now();
+    const bool rested = start - g_last.exchange(end) > kRest;
+    if (working < 2 || rested) return;
+    const nanoseconds took = end - start;
+    nanoseconds lost = (working * took - nanoseconds(busy)) / (working - 1);
+    if (lost < kLongWait) lost = nanoseconds::zero();
+    lost += barrier.lost() / (working - 1);
+    settle(working, took, std::min(lost, took));
     return;
   }
 #endif

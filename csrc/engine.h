@@ -7,6 +7,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -110,8 +111,9 @@ struct Engine {
   void backward(int c, const Backward<double>& a) const { backward_f64(c, a); }
 };
 
-// How many of the threads that may be used are worth waking for so much arithmetic.
-int threads_for(double flops, int threads);
+// How many of the threads that may be used are worth waking for so much arithmetic; if
+// `deterministic`, whatever else the cores have to do.
+int threads_for(double flops, int threads, bool deterministic);
 
 // A part of a layer that one thread runs from the first step to the last.
 struct Task {
@@ -173,25 +175,26 @@ class Carver {
   size_t used_ = 0;
 };
 
-// Threads that meet once a step. Spins for a bounded time and then gives its core away, because a
-// partner that the scheduler has put aside may be gone for milliseconds. Where that happens again
-// and again, other programs want the cores, and for a while no plan is made that shares steps.
+// Where threads meet. Spins for a bounded time and then gives its core away, because a partner that
+// the scheduler has put aside may be gone for milliseconds.
 class Barrier {
  public:
   void wait(int team);
-  // Says that steps were shared, if nobody was ever put aside.
-  void undisturbed() const;
+  // What all threads together lost in waits that only a scheduler explains.
+  std::chrono::nanoseconds lost() const { return std::chrono::nanoseconds(lost_.load()); }
 
  private:
   void wait_long(int phase);
 
   alignas(128) std::atomic<int> arrived_{0};
   alignas(128) std::atomic<int> phase_{0};
-  std::atomic<int> long_waits_{0};
+  std::atomic<int64_t> lost_{0};
 };
 
-// Calls job(context, thread, team, barrier) on `threads` threads of the OpenMP pool, or fewer: a
-// job must be right for any team size, and must not throw.
+// Calls job(context, thread, team, barrier) on `threads` threads of the OpenMP pool, or on fewer,
+// or on more, of which those beyond have no work: a job must be right for any team size, and must
+// not throw. Where waiting for each other costs the threads more than sharing saves, other programs
+// want the cores, and for a while threads_for and Plan hold back.
 using Job = void (*)(void* context, int thread, int team, Barrier& barrier);
 void parallel(int threads, Job job, void* context);
 

@@ -5,6 +5,7 @@
 // for any number of threads. Every buffer has exactly the size that the engine was told, so that a
 // sanitizer sees each step outside.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +13,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "engine.h"
@@ -252,8 +254,6 @@ void check_rows() {
 
 std::vector<int64_t> dense(int64_t T, int64_t B) { return std::vector<int64_t>(T, B); }
 
-}  // namespace
-
 // Every sequence of every direction is some thread's, once, and no thread has much more than its
 // share of the rows.
 void check_plan(const std::vector<int64_t>& sizes, int D, int threads) {
@@ -277,9 +277,38 @@ void check_plan(const std::vector<int64_t>& sizes, int D, int threads) {
   }
 }
 
+// Where threads lose more in waiting for each other than they save, short work is not shared for a
+// while.
+void check_sharing() {
+  if (!threading()) return;
+  using std::chrono::milliseconds;
+  constexpr double kShort = 1e6, kLong = 1e10;
+  const auto shared = [](double flops, bool deterministic) {
+    return threads_for(flops, 2, deterministic) == 2;
+  };
+  set_threads(2);
+  check(shared(kShort, false), "sharing: short work, at first");
+  for (int k = 0; k < 9; ++k) {
+    parallel(
+        2,
+        [](void*, int thread, int, Barrier&) {
+          if (thread) std::this_thread::sleep_for(milliseconds(5));
+        },
+        nullptr);
+  }
+  check(!shared(kShort, false), "sharing: short work whose threads wait");
+  check(shared(kShort, true), "sharing: short work whose threads wait, deterministic");
+  check(shared(kLong, false), "sharing: long work whose threads wait");
+  std::this_thread::sleep_for(milliseconds(600));
+  check(shared(kShort, false), "sharing: short work, later");
+}
+
+}  // namespace
+
 int main() {
   Scratch::poison(true);
   check_rows();
+  check_sharing();
   std::string names;
   for (const Engine* engine : engines()) {
     if (!engine->runs_here()) continue;
