@@ -8,15 +8,19 @@
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#include <thread>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#include <sched.h>
 #include <sys/mman.h>
 #define FASTRNN_POSIX 1
+#endif
+#ifdef __linux__
+#include <sched.h>
+#define FASTRNN_LINUX 1
 #endif
 
 #include "isa.h"
@@ -91,6 +95,10 @@ using Clock = std::chrono::steady_clock;
 
 // Some microseconds; a step that is worth sharing takes about as long.
 constexpr int kSpins = 200;
+// A thread that yields may be let go on for the rest of its slice, with its partner behind it on
+// the same core: so it yields for a while only, and then sleeps.
+constexpr auto kYield = std::chrono::microseconds(50);
+constexpr auto kNap = std::chrono::microseconds(20);
 // A wait that only a scheduler explains; or, after a rest of so long, that threads were asleep.
 constexpr auto kLongWait = std::chrono::microseconds(200);
 constexpr auto kRest = std::chrono::milliseconds(1);
@@ -355,14 +363,45 @@ void Barrier::wait(int team) {
 
 void Barrier::wait_long(int phase) {
   const auto start = Clock::now();
+  nanoseconds waited{};
   while (phase_.load(std::memory_order_acquire) == phase) {
-#ifdef FASTRNN_POSIX
-    sched_yield();
-#endif
+    if (waited < kYield) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kNap);
+    }
+    waited = Clock::now() - start;
   }
-  const nanoseconds waited = Clock::now() - start;
   if (waited > kLongWait) lost_ += waited.count();
 }
+
+#ifdef _OPENMP
+namespace {
+
+int current_core() {
+#ifdef FASTRNN_LINUX
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Threads that slept may wake on one core, and a scheduler takes milliseconds to move them apart.
+void leave_core(int core) {
+#ifdef FASTRNN_LINUX
+  cpu_set_t allowed, others;
+  if (core < 0 || core >= CPU_SETSIZE || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+  others = allowed;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others)) return;
+  sched_setaffinity(0, sizeof allowed, &allowed);
+#else
+  (void)core;
+#endif
+}
+
+}  // namespace
+#endif
 
 void parallel(int threads, Job job, void* context) {
   Barrier barrier;
@@ -370,10 +409,12 @@ void parallel(int threads, Job job, void* context) {
   if (threads > 1) {
     std::atomic<int64_t> busy{0};  // of all that have work, from the start to their end
     int working = 1;
+    const int core = current_core();
     const auto start = Clock::now();
 #pragma omp parallel
     {
       const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+      if (thread && current_core() == core) leave_core(core);
       job(context, thread, team, barrier);
       if (thread < threads) busy += nanoseconds(Clock::now() - start).count();
       if (thread == 0) working = std::min(team, threads);

@@ -156,6 +156,25 @@ def test_no_more_threads_are_started_than_torch_may_use(n: int, backend: str) ->
     assert int(run_python(COUNT_THREADS.format(n=n, backend=backend))) <= n - 1
 
 
+KEEP_CORES = """
+import os, time, torch, fastrnn
+torch.set_num_threads(2)
+m, x = fastrnn.LSTM(64, 128), torch.randn(50, 1, 64)
+for _ in range(20):
+    time.sleep(0.005)  # threads that slept may wake on one core, and then move apart
+    with torch.no_grad():
+        m(x)
+allowed = os.sched_getaffinity(0)
+assert all(os.sched_getaffinity(int(task)) == allowed for task in os.listdir("/proc/self/task"))
+print("kept")
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+def test_threads_keep_the_cores_they_may_run_on() -> None:
+    assert run_python(KEEP_CORES) == "kept"
+
+
 # Signals
 
 INTERRUPTED = """
