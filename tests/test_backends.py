@@ -176,7 +176,9 @@ def test_no_grad_changes_no_bit(case: Case, backend: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("layout", ["dense", "unsorted"])
 @pytest.mark.parametrize(
-    "sizes", [(6, 13, 7, 20), (3, 1, 300, 300), (9, 2, 4, 600), (30, 5, 301, 303)], ids=str
+    "sizes",
+    [(6, 13, 7, 20), (3, 1, 300, 300), (9, 2, 4, 600), (30, 5, 301, 303), (20, 1, 600, 20)],
+    ids=str,
 )
 def test_threads(
     mode: str,
