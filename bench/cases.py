@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Case:
 
     Attributes:
         packed: sequences of uniformly random lengths, at least one of T steps.
+        one_step: by the cell's own module, as ``nn.LSTMCell``; T is 1.
         threads: None for as many as the run was told.
     """
 
@@ -44,6 +45,7 @@ class Case:
     layers: int = 1
     bidirectional: bool = False
     packed: bool = False
+    one_step: bool = False
     threads: int | None = None
 
     @property
@@ -56,6 +58,7 @@ class Case:
             "2 layers": self.layers == 2,
             "bidirectional": self.bidirectional,
             "packed": self.packed,
+            "cell": self.one_step,
             "1 thread": self.threads == 1,
         }
         return ", ".join(name for name, has in names.items() if has)
@@ -80,7 +83,7 @@ EVEN = (
     Shape(200, 128, 128, 128),
     Shape(1000, 8, 32, 32),
 )
-# Each beside the even neighbour whose throughput it is held against.
+# Each beside the even neighbour whose throughput it is held against, in the same rounds.
 ODD = {
     Shape(37, 5, 48, 96): Shape(37, 6, 48, 96),
     Shape(80, 17, 40, 200): Shape(80, 18, 48, 208),
@@ -95,6 +98,7 @@ def cases() -> list[Case]:
         replace(Case(cell, which, shape), **change)
         for cell, which in product(CELLS, PASSES)
         for shape, change in (
+            (Shape(1, 1, 64, 64), {"one_step": True}),
             (Shape(100, 1, 64, 64), {"bidirectional": True}),
             (Shape(100, 32, 64, 64), {"bidirectional": True}),
             (Shape(100, 32, 64, 64), {"layers": 2}),
@@ -105,24 +109,18 @@ def cases() -> list[Case]:
             (Shape(50, 64, 512, 512), {"threads": 1}),
         )
     ]
-    neighbours = [Case(*c) for c in product(CELLS, PASSES, ODD.values())]
-    return grid + variants + neighbours
+    return grid + variants
 
 
 @dataclass
 class Problem:
     """The numbers of a case: the same for everybody."""
 
-    module: nn.RNNBase
-    x: Tensor  # [T, B, I]
-    state: tuple[Tensor, ...]  # [L*D, B, H] each
-    cotangent: Tensor  # of the output, [T, B, D*H]
+    module: nn.Module
+    x: Tensor  # [T, B, I]; of one step, [B, I]
+    state: tuple[Tensor, ...]  # [L*D, B, H] each; of one step, [B, H]
+    cotangent: Tensor  # of the output, [T, B, D*H]; of one step, [B, H]
     lengths: Tensor | None
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """What training computes gradients of."""
-        return [self.x, *self.state, *self.module.parameters()]
 
     @property
     def hx(self) -> Tensor | tuple[Tensor, ...]:
@@ -133,13 +131,23 @@ class Problem:
         return pack_padded_sequence(padded, self.lengths)
 
 
+def make(library: Any, case: Case) -> nn.Module:
+    """The module of a case, of a library with torch.nn's names."""
+    _, _, I, H = case.shape
+    if case.one_step:
+        return getattr(library, f"{case.cell}Cell")(I, H)
+    return getattr(library, case.cell)(I, H, case.layers, bidirectional=case.bidirectional)
+
+
 def problem(case: Case) -> Problem:
     torch.manual_seed(0)
     T, B, I, H = case.shape
     D = 2 if case.bidirectional else 1
-    module = getattr(nn, case.cell)(I, H, case.layers, bidirectional=case.bidirectional)
-    module.train(case.training)
+    module = make(nn, case).train(case.training)
     states = 2 if case.cell == "LSTM" else 1
+    if case.one_step:
+        state = tuple(torch.randn(B, H) for _ in range(states))
+        return Problem(module, torch.randn(B, I), state, torch.randn(B, H), None)
     lengths = None
     if case.packed:
         lengths = torch.randint(1, T + 1, (B,)).sort(descending=True).values
@@ -165,11 +173,12 @@ def flops(case: Case) -> float:
     return total
 
 
-def recurrent_bytes(case: Case) -> float:
-    """What must be read of W_hh in one step, forward, and in training once more."""
-    _, _, _, H = case.shape
+def weight_bytes(case: Case) -> list[tuple[float, float]]:
+    """Of each layer the bytes of W_ih and of W_hh, all its directions together."""
+    _, _, I, H = case.shape
     D = 2 if case.bidirectional else 1
-    return 4.0 * GATES[case.cell] * H * H * D * case.layers
+    rows = 4.0 * GATES[case.cell] * H * D
+    return [(rows * (D * H if layer else I), rows * H) for layer in range(case.layers)]
 
 
 def geometric_mean(values: Sequence[float]) -> float:

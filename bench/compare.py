@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import ODD, cases, geometric_mean, problem
-from peers import OURS, SAMPLE, rest, timed
+from cases import cases, geometric_mean, problem
+from peers import FEWEST_ROUNDS, OURS, repeats, rest, timed
 from rich.console import Console
 from rich.progress import track
 
@@ -34,16 +34,16 @@ def serve(threads: int) -> None:
     import fastrnn
 
     print(json.dumps(fastrnn.__file__), flush=True)
-    name, run, repeats = "", None, 1
+    name, run, count = "", None, 1
     for line in sys.stdin:
         if line.strip() != name:
             name = line.strip()
             case = by_name[name]
             torch.set_num_threads(case.threads or threads)
             run = OURS.prepare(case, problem(case), threads)
-            repeats = max(1, round(SAMPLE / min(timed(run, 2) for _ in range(3))))
+            count = repeats(run)
         rest(run)
-        print(json.dumps(timed(run, repeats)), flush=True)
+        print(json.dumps(timed(run, count)), flush=True)
 
 
 class Server:
@@ -109,12 +109,12 @@ def main() -> int:
         return 0
     base = Server(checkout(args.base), args.threads)
     here = Server(ROOT, args.threads)
-    chosen = [c for c in cases() if c.shape not in ODD.values() and re.search(args.match, str(c))]
+    chosen = [c for c in cases() if re.search(args.match, str(c))]
     ratios: dict[str, float] = {}
     for case in track(map(str, chosen), "timing", len(chosen), console=Console(stderr=True)):
         samples = [(base.sample(case), here.sample(case))]
         until = time.perf_counter() + args.seconds
-        while time.perf_counter() < until or len(samples) < 7:
+        while time.perf_counter() < until or len(samples) < FEWEST_ROUNDS:
             samples.append((base.sample(case), here.sample(case)))
         ratios[case] = statistics.median(a / b for a, b in samples[1:])
     print(f"| case | time of {args.base} over time of this tree |\n|---|---:|")

@@ -7,15 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peers import OURS, PEERS, Peer, missing
+from peers import OURS, PEERS, TORCH, Peer, missing
 
 HERE = Path(__file__).parent
+PROBES = pytest.StashKey[dict[int, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +29,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--memory", action="store_true", help="measure memory too")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Before the cases, of which some take minutes: the probe, and the names of peers."""
+    config = session.config
+    unknown = set(names(config)) - {p.name for p in PEERS}
+    if unknown or TORCH.name not in names(config):
+        raise pytest.UsageError(
+            f"--peers: expected {TORCH.name} and any of {', '.join(p.name for p in PEERS)}, "
+            f"got {config.getoption('--peers')}"
+        )
+    threads = {1, config.getoption("--threads")}
+    config.stash[PROBES] = {n: probe(config, n) for n in threads}
+
+
+def names(config: pytest.Config) -> list[str]:
+    return config.getoption("--peers").split(",")
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
     import fastrnn
 
@@ -37,6 +55,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
             versions[name] = __import__(name).__version__
         except ImportError:
             versions[name] = "missing"
+    torch.set_num_threads(config.getoption("--threads"))
     machine_info["fastrnn"] = {
         "versions": versions,
         "threads": config.getoption("--threads"),
@@ -44,16 +63,29 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
         "busy": config.getoption("--busy"),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "engine": str(fastrnn.explain(fastrnn.LSTM(1, 1), torch.zeros(1, 1, 1))),
-        "probe": {str(n): probe(config, n) for n in {1, config.getoption("--threads")}},
+        "seconds": config.getoption("--seconds"),
+        "probe": {str(n): found for n, found in config.stash[PROBES].items()},
     }
 
 
-def probe(config: pytest.Config, threads: int) -> Any:
+def probe(config: pytest.Config, threads: int, *which: str) -> Any:
     program = config.getoption("--probe")
     if not program:
         return None
-    result = subprocess.run([program, str(threads)], capture_output=True, text=True, check=True)
+    command = [program, str(threads), *which]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="session")
+def peak(request: pytest.FixtureRequest) -> Callable[[int], float | None]:
+    """Multiply-adds of some threads just now, in flops a second: the machine drifts."""
+
+    def measure(threads: int) -> float | None:
+        found = probe(request.config, threads, "flops")
+        return found and found["flops"]
+
+    return measure
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,14 +110,19 @@ def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        # Else glibc keeps more and more, and what a call takes depends on what ran before.
+        env={
+            **os.environ,
+            "MALLOC_MMAP_THRESHOLD_": "1048576",
+            "MALLOC_TRIM_THRESHOLD_": "1048576",
+        },
     )
     return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="session")
 def contestants(request: pytest.FixtureRequest) -> list[Peer]:
-    names = request.config.getoption("--peers").split(",")
-    return [OURS, *(p for p in PEERS if p.name in names)]
+    return [OURS, *(p for p in PEERS if p.name in names(request.config))]
 
 
 @pytest.fixture(scope="session")

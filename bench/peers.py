@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from cases import Case, Problem
-from torch import Tensor
+from cases import Case, Problem, make
+from torch import Tensor, nn
 
 Run = Callable[[], Any]
 
@@ -39,8 +39,11 @@ class Peer(Protocol):
 # begins before they are asleep, unless they never are.
 REST = 5e-3
 LONGEST_REST = 0.5
-# A sample shorter than this is repeated: the clock, and an interrupt, would weigh too much.
+# A sample shorter than this is repeated: the clock, and an interrupt, would weigh too much. On busy
+# cores a sample must see several turns of the scheduler, each of some milliseconds.
 SAMPLE = 2e-3
+BUSY_SAMPLE = 50e-3
+FEWEST_ROUNDS = 7
 
 
 def rest(run: Run) -> None:
@@ -59,6 +62,11 @@ def timed(run: Run, repeats: int) -> float:
     for _ in range(repeats):
         run()
     return (time.perf_counter() - start) / repeats
+
+
+def repeats(run: Run, sample: float = SAMPLE) -> int:
+    """How many calls a sample takes."""
+    return max(1, round(sample / min(timed(run, 2) for _ in range(3))))
 
 
 def missing(peer: Peer) -> str | None:
@@ -80,23 +88,23 @@ class Module:
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
         module = problem.module
         if self.name != "torch.nn":
-            library = importlib.import_module(self.name)
-            ours = getattr(library, case.cell)(
-                module.input_size,
-                module.hidden_size,
-                case.layers,
-                bidirectional=case.bidirectional,
-            )
+            ours = make(importlib.import_module(self.name), case)
             ours.load_state_dict(module.state_dict())
             module = ours.train(case.training)
         x, hx = problem.x, problem.hx
+
+        def output(input: Any) -> Tensor:
+            result = module(input, hx)
+            if case.one_step:
+                return result[0] if case.cell == "LSTM" else result
+            return result[0].data if case.packed else result[0]
+
         if not case.training:
             input = problem.pack(x) if case.packed else x
 
             def infer() -> Any:
                 with torch.inference_mode():
-                    output = module(input, hx)[0]
-                return [output.data if case.packed else output]
+                    return [output(input)]
 
             return infer
         leaves = [x, *problem.state, *module.parameters()]
@@ -107,9 +115,8 @@ class Module:
         def train() -> Any:
             for leaf in leaves:
                 leaf.requires_grad_()
-            output = module(problem.pack(x) if case.packed else x, hx)[0]
-            output = output.data if case.packed else output
-            return [output, *torch.autograd.grad(output, leaves, cotangent)]
+            y = output(problem.pack(x) if case.packed else x)
+            return [y, *torch.autograd.grad(y, leaves, cotangent)]
 
         return train
 
@@ -166,8 +173,6 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # Threads that go on spinning after a run would sit on the next contestant's core.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(
             _onnx(case, problem).SerializeToString(), options, ["CPUExecutionProvider"]
         )
@@ -216,7 +221,7 @@ class OpenVino:
 
 
 def _refuses_variants(case: Case) -> str | None:
-    if case.layers > 1 or case.bidirectional or case.packed:
+    if case.layers > 1 or case.bidirectional or case.packed or case.one_step:
         return "measured without variants"
     return None
 
@@ -266,8 +271,10 @@ class Jax:
     def refuses(self, case: Case) -> str | None:
         if case.packed:
             return "has no packed batches"
+        if case.one_step:
+            return "measured without variants"
         if case.threads is not None:
-            return "its number of threads is one for the process"
+            return "cannot change its number of threads within a process"
         return None
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
@@ -339,13 +346,67 @@ class Jax:
         return [torch.from_numpy(np.array(a)) for a in raw]
 
 
+class _Nothing(torch.autograd.Function):
+    """As many arguments as a layer has, and gradients for all."""
+
+    @staticmethod
+    def forward(ctx: Any, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*leaves)
+        return leaves[1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return ctx.saved_tensors
+
+
+class Floor:
+    """What a call costs that computes nothing, or next to nothing: a limit, not a peer."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def refuses(self, case: Case) -> str | None:
+        return None if case.shape.T == case.shape.B == 1 else "T = B = 1 only"
+
+    def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
+        x, h = problem.x, problem.state[0]
+        if self.name == "nn.Linear":
+            module: nn.Module = nn.Linear(case.shape.I, case.shape.H)
+            leaves = [x, *module.parameters()]
+        else:
+            module = nn.Identity()
+            leaves = [x, h, *problem.module.parameters()]
+        nothing = case.training and self.name != "nn.Linear"
+
+        def infer() -> Any:
+            with torch.inference_mode():
+                return module(x)
+
+        def train() -> Any:
+            for leaf in leaves:
+                leaf.requires_grad_()
+            y = _Nothing.apply(*leaves) if nothing else module(x)
+            return torch.autograd.grad(y, leaves, problem.cotangent)
+
+        return train if case.training else infer
+
+
 OURS = Module("fastrnn")
-PEERS: tuple[Peer, ...] = (Module("torch.nn"), OnnxRuntime(), OpenVino(), Jax(), CompiledLoop())
+TORCH = Module("torch.nn")
+PEERS: tuple[Peer, ...] = (TORCH, OnnxRuntime(), OpenVino(), Jax(), CompiledLoop())
+FLOORS = (Floor("nothing"), Floor("nn.Linear"))
 
 
 def check(peer: Peer, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Raise AssertionError if results are not torch.nn's: then there is nothing to time."""
+    """Raise AssertionError if results are not torch.nn's: then there is nothing to time.
+
+    Both the norm of the error and its largest element are looked at, relative to torch.nn's own.
+    """
     for k, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.shape == b.shape, f"{peer.name}: result {k} is {a.shape}, not {b.shape}"
         error = float((a - b).norm() / b.norm().clamp_min(1e-30))
         assert error < 1e-4, f"{peer.name}: result {k} differs from torch.nn's by {error:.1e}"
+        worst = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+        assert worst < 1e-3, (
+            f"{peer.name}: an element of {k} differs from torch.nn's by {worst:.1e}"
+        )

@@ -1,10 +1,12 @@
 // What this machine could do at most: multiply-adds, and reading from each level of memory, on a
-// number of threads at once. Prints JSON. Usage: probe THREADS
+// number of threads at once. Prints JSON. Usage: probe THREADS [flops]
+// With "flops" the multiply-adds alone, which takes a fifth of a second.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -17,20 +19,25 @@ double seconds_since(Clock::time_point start) {
 }
 
 volatile float g_sink;
+alignas(64) float g_factors[2] = {0.999f, 1e-7f};
 
 // A loop over independent chains of multiply-adds, as many as hide their latency.
 template <class V, int kChains>
 [[gnu::always_inline]] inline double multiply_adds(int64_t rounds) {
-  V sum[kChains], a = V{} + 0.999f, b = V{} + 1e-7f;
+  V sum[kChains];
   // Chains that began alike would be computed once.
+#pragma GCC unroll 16
   for (int c = 0; c < kChains; ++c) sum[c] = V{} + 1e-3f * c;
   for (int64_t i = 0; i < rounds; ++i) {
+    // Read anew in each round, or the rounds would be folded into one.
+    asm volatile("" : : : "memory");
+    const V a = V{} + g_factors[0], b = V{} + g_factors[1];
 #pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c) sum[c] = sum[c] * a + b;
-    asm volatile("" : "+x"(a), "+x"(b));
   }
   float total = 0;
-  for (V& s : sum) total += s[0];
+#pragma GCC unroll 16
+  for (int c = 0; c < kChains; ++c) total += sum[c][0];
   g_sink = total;
   return 2.0 * rounds * kChains * (sizeof(V) / sizeof(float));
 }
@@ -55,20 +62,30 @@ template <class V>
   return 4.0 * rounds * count;
 }
 
-#define KERNELS(NAME, BYTES)                                                          \
-  typedef float NAME##_v __attribute__((vector_size(BYTES)));                         \
-  double NAME##_fma(int64_t rounds) { return multiply_adds<NAME##_v, 12>(rounds); }   \
+#define KERNELS(NAME, BYTES)                                                        \
+  typedef float NAME##_v __attribute__((vector_size(BYTES)));                       \
+  double NAME##_fma(int64_t rounds) { return multiply_adds<NAME##_v, 12>(rounds); } \
   double NAME##_read(const float* p, int64_t n, int64_t r) { return read_all<NAME##_v>(p, n, r); }
 
+#if defined(__clang__)
+#define BEGIN_TARGET(FEATURES) \
+  PRAGMA(clang attribute push(__attribute__((target(FEATURES))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#define WIDEST
+#else
+#define BEGIN_TARGET(FEATURES) PRAGMA(GCC push_options) PRAGMA(GCC target(FEATURES))
+#define END_TARGET PRAGMA(GCC pop_options)
+#define WIDEST ",prefer-vector-width=512"
+#endif
+#define PRAGMA(...) _Pragma(#__VA_ARGS__)
+
 #if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,prefer-vector-width=512")
+BEGIN_TARGET("avx2,fma,avx512f" WIDEST)
 KERNELS(avx512, 64)
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+END_TARGET
+BEGIN_TARGET("avx2,fma")
 KERNELS(avx2, 32)
-#pragma GCC pop_options
+END_TARGET
 #endif
 KERNELS(generic, 16)
 
@@ -125,15 +142,16 @@ int main(int argc, char** argv) {
   std::printf("{\"isa\": \"%s\", \"threads\": %d, \"flops\": %.4g, \"read\": [", kernels.name,
               threads, flops);
   const char* separator = "";
+  const bool read = argc < 3 || std::strcmp(argv[2], "flops") != 0;
   // All threads read the same buffer, each its own part, as they would a weight matrix.
-  for (int64_t bytes = 32 << 10; bytes <= int64_t{128} << 20; bytes *= 2) {
+  for (int64_t bytes = 32 << 10; read && bytes <= int64_t{128} << 20; bytes *= 2) {
     std::vector<float> buffer(bytes / sizeof(float), 1.0f);
     const int64_t part = static_cast<int64_t>(buffer.size()) / threads;
     const int64_t rounds = std::max<int64_t>(1, (int64_t{1} << 20) / bytes);
-    const double read = rate(threads, [&](int t, int64_t repeats) {
+    const double speed = rate(threads, [&](int t, int64_t repeats) {
       return kernels.read(buffer.data() + t * part, part, rounds * repeats);
     });
-    std::printf("%s[%lld, %.4g]", separator, static_cast<long long>(bytes), read);
+    std::printf("%s[%lld, %.4g]", separator, static_cast<long long>(bytes), speed);
     separator = ", ";
   }
   std::printf("]}\n");

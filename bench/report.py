@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from cases import CELLS, EVEN, ODD, PASSES, Shape, geometric_mean
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
+
+mpl.rcParams["svg.hashsalt"] = "fastrnn"  # the same names in every run
 
 ROOT = Path(__file__).resolve().parent.parent
 README_SHAPES = tuple(
@@ -46,7 +50,13 @@ COLORS = {
 
 @dataclass(frozen=True)
 class Result:
-    """One case as test_speed.py measured it; seconds and ratios by contestant."""
+    """One case as test_speed.py measured it; seconds and ratios by contestant.
+
+    Attributes:
+        peak: multiply-adds just before, in flops a second.
+        weight_bytes: W_ih and W_hh of each layer.
+        neighbour: of an odd shape, its throughput over that of its even neighbour.
+    """
 
     cell: str
     which: str
@@ -54,9 +64,13 @@ class Result:
     variant: str
     threads: int
     flops: float
-    recurrent_bytes: float
+    peak: float | None
+    weight_bytes: list[tuple[float, float]]
+    rounds: int
     seconds: dict[str, float]
     ratios: dict[str, float]
+    quartiles: dict[str, list[float]]
+    neighbour: float | None
     refusals: dict[str, str]
     memory: dict[str, Any] | None
 
@@ -68,6 +82,14 @@ class Result:
     def readings(self) -> int:
         """How often W_hh must be read: once a step, in training once more going back."""
         return self.shape.T * (2 if self.which == "training" else 1)
+
+    @property
+    def recurrent_bytes(self) -> float:
+        return sum(w_hh for _, w_hh in self.weight_bytes)
+
+    @property
+    def fma_share(self) -> float | None:
+        return self.rate / self.peak if self.peak else None
 
     @property
     def rate(self) -> float:
@@ -96,24 +118,31 @@ class Report:
 
     # What the machine could do
 
-    def peak(self, threads: int) -> float | None:
-        probe = self.ours["probe"].get(str(threads))
-        return probe["flops"] if probe else None
-
-    def fma_share(self, r: Result) -> float | None:
-        peak = self.peak(r.threads)
-        return r.rate / peak if peak else None
-
     def bandwidth_share(self, r: Result) -> float | None:
-        """The time that reading W_hh takes once a step, from where it fits, over the time taken."""
+        """The time that reading the weights takes, from where they fit, over the time taken.
+
+        W_hh is read once a step, W_ih once a call, and in training both once more going back.
+        """
         probe = self.ours["probe"].get(str(r.threads))
         if not probe:
             return None
-        rate = next(
-            (rate for size, rate in probe["read"] if size >= r.recurrent_bytes),
-            probe["read"][-1][1],
-        )
-        return r.readings * r.recurrent_bytes / rate / r.seconds["fastrnn"]
+
+        def seconds(size: float) -> float:
+            rates = [rate for level, rate in probe["read"] if level >= size]
+            return size / (rates[0] if rates else probe["read"][-1][1])
+
+        back = 2 if r.which == "training" else 1
+        least = sum(back * seconds(i) + r.readings * seconds(h) for i, h in r.weight_bytes)
+        return least / r.seconds["fastrnn"]
+
+    def ceiling(self, cell: str, which: str) -> float | None:
+        """The mean ratio to torch.nn if every case of eight rows and more ran at the FMA peak."""
+        ratios = [
+            r.ratios["torch.nn"] / (r.fma_share if r.shape.B >= 8 else 1)
+            for r in self.grid(cell, which, EVEN)
+            if r.fma_share
+        ]
+        return geometric_mean(ratios) if ratios else None
 
     # Text
 
@@ -128,6 +157,9 @@ class Report:
             f"torch's instruction set {self.ours['torch_isa']}; {self.ours['engine']}"
             + ("; other processes keep all cores busy" if self.ours["busy"] else ""),
             f"- Python {self.machine['python_version']}, {versions}; commit {commit}",
+            f"- {self.ours['seconds']:g} s a case, of at least "
+            f"{min(r.rounds for r in self.results)} rounds; in the median case the middle half "
+            f"of the ratios to torch.nn spans {100 * spread(self.results):.0f} % of their median",
         ]
         for threads, probe in self.ours["probe"].items():
             if probe:
@@ -144,8 +176,9 @@ class Report:
 
     def means(self) -> list[str]:
         lines = [
-            "| cell | pass | against torch.nn | against the best peer | slowest case against it |",
-            "|---|---|---:|---:|---|",
+            "| cell | pass | shapes | against torch.nn | if wide batches ran at the FMA peak "
+            "| against the best peer | slowest case against it |",
+            "|---|---|---:|---:|---:|---:|---|",
         ]
         for cell in CELLS:
             for which in PASSES:
@@ -154,51 +187,67 @@ class Report:
                     continue
                 worst = min(grid, key=lambda r: r.best_peer[1])
                 name, ratio = worst.best_peer
+                ceiling = self.ceiling(cell, which)
                 lines.append(
-                    f"| {cell} | {which} | {mean(r.ratios['torch.nn'] for r in grid):.2f} "
-                    f"| {mean(r.best_peer[1] for r in grid):.2f} "
-                    f"| {ratio:.2f} at {worst.shape}, {name} |"
+                    f"| {cell} | {which} | {len(grid)} "
+                    f"| {geometric_mean([r.ratios['torch.nn'] for r in grid]):.2f} "
+                    f"| {f'{ceiling:.2f}' if ceiling else ''} "
+                    f"| {geometric_mean([r.best_peer[1] for r in grid]):.2f} "
+                    f"| {emphasised(ratio)} at {worst.shape}, {name} |"
                 )
         return lines
 
     def table(self) -> list[str]:
+        peers = [n for n in COLORS if any(n in r.ratios for r in self.results)]
         lines = [
-            "| cell | pass | (T, B, I, H) | | fastrnn ms | torch.nn ms | ratio | best peer | ratio "
-            "| GFLOP/s | of FMA peak | of W_hh bandwidth | MB | torch.nn MB |",
-            "|---|---|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+            f"| cell | pass | (T, B, I, H) | | fastrnn ms | {' | '.join(peers)} "
+            "| GFLOP/s | of FMA peak | of weight bandwidth | MB | torch.nn MB |",
+            "|---|---|---|---|---:|" + "---:|" * (len(peers) + 5),
         ]
-        neighbours = set(ODD.values())
         for r in self.results:
-            if r.shape in neighbours:
-                continue
-            name, best = r.best_peer
-            megabytes = [
-                f"{r.memory['peak'][who] / 1e6:.1f}" if r.memory else ""
-                for who in ("fastrnn", "torch.nn")
-            ]
+            ratios = [emphasised(r.ratios[n]) if n in r.ratios else "" for n in peers]
             lines.append(
                 f"| {r.cell} | {r.which} | {r.shape} | {r.variant} "
-                f"| {milliseconds(r.seconds['fastrnn'])} | {milliseconds(r.seconds['torch.nn'])} "
-                f"| {emphasised(r.ratios['torch.nn'])} | {name} | {emphasised(best)} "
-                f"| {r.rate / 1e9:.1f} | {percent(self.fma_share(r))} "
-                f"| {percent(self.bandwidth_share(r))} | {megabytes[0]} | {megabytes[1]} |"
+                f"| {milliseconds(r.seconds['fastrnn'])} | {' | '.join(ratios)} "
+                f"| {r.rate / 1e9:.1f} | {percent(r.fma_share)} "
+                f"| {percent(self.bandwidth_share(r))} | {self.megabytes(r)} |"
             )
         return lines
+
+    def megabytes(self, r: Result) -> str:
+        if not r.memory:
+            return " | "
+        ours, theirs = (r.memory["peak"][who] / 1e6 for who in ("fastrnn", "torch.nn"))
+        mark = "**" if ours > theirs + 0.05 else ""
+        return f"{mark}{ours:.1f}{mark} | {theirs:.1f}"
+
+    def floors(self) -> list[str]:
+        """Microseconds at T = B = 1 beside those of calls that compute next to nothing."""
+        names = ("fastrnn", "torch.nn", "onnxruntime", "openvino", "jax", "nothing", "nn.Linear")
+        lines = [
+            f"| cell | pass | (T, B, I, H) | | {' | '.join(names)} |",
+            "|---|---|---|---|" + "---:|" * len(names),
+        ]
+        for r in self.results:
+            if "nothing" in r.seconds:
+                shown = [f"{1e6 * r.seconds[n]:.1f}" if n in r.seconds else "" for n in names]
+                lines.append(
+                    f"| {r.cell} | {r.which} | {r.shape} | {r.variant} | {' | '.join(shown)} |"
+                )
+        return lines if len(lines) > 2 else []
 
     def odd_shapes(self) -> list[str]:
         lines = [
             "| cell | pass | odd shape | even neighbour | share of its throughput |",
             "|---|---|---|---|---:|",
         ]
-        for cell in CELLS:
-            for which in PASSES:
-                for odd, even in ODD.items():
-                    a, b = self.find(cell, which, odd), self.find(cell, which, even)
-                    if a and b:
-                        lines.append(
-                            f"| {cell} | {which} | {odd} | {even} | {percent(a.rate / b.rate)} |"
-                        )
-        return lines
+        for r in self.results:
+            if r.neighbour:
+                lines.append(
+                    f"| {r.cell} | {r.which} | {r.shape} | {ODD[r.shape]} "
+                    f"| {percent(r.neighbour)} |"
+                )
+        return lines if len(lines) > 2 else []
 
     def faults(self) -> list[str]:
         who = ("torch.nn", "fastrnn without its workspace", "fastrnn")
@@ -221,20 +270,31 @@ class Report:
 
     def beside(self, others: dict[str, Report]) -> list[str]:
         """The ratio against torch.nn here and under other conditions, of the cases in both."""
-        names = " | ".join(others)
+        for name, other in others.items():
+            if other.commit.get("id") != self.commit.get("id"):
+                raise ValueError(
+                    f"{name} is of commit {other.commit.get('id')}, not {self.commit.get('id')}: "
+                    "run it again"
+                )
+        columns = " | ".join(f"{name} | middle half" for name in others)
         lines = [
-            f"| cell | pass | (T, B, I, H) | | here | {names} |",
-            "|---|---|---|---|---:|" + "---:|" * len(others),
+            "`busy` has as many other processes as cores, none ever idle; `one-core` is "
+            "restricted to one core, with torch told two threads.",
+            "",
+            f"| cell | pass | (T, B, I, H) | alone | {columns} |",
+            "|---|---|---|---:|" + "---:|---|" * len(others),
         ]
         for r in self.results:
-            ratios = [
-                o.by_key[r.key].ratios["torch.nn"] for o in others.values() if r.key in o.by_key
-            ]
-            if len(ratios) == len(others):
-                shown = " | ".join(f"{x:.2f}" for x in ratios)
+            found = [o.by_key[r.key] for o in others.values() if r.key in o.by_key]
+            if len(found) == len(others):
+                shown = " | ".join(
+                    f"{emphasised(o.ratios['torch.nn'])} "
+                    f"| {' to '.join(f'{q:.2f}' for q in o.quartiles['torch.nn'])}"
+                    for o in found
+                )
                 lines.append(
-                    f"| {r.cell} | {r.which} | {r.shape} | {r.variant} "
-                    f"| {r.ratios['torch.nn']:.2f} | {shown} |"
+                    f"| {r.cell} | {r.which} | {r.shape} "
+                    f"| {emphasised(r.ratios['torch.nn'])} | {shown} |"
                 )
         return lines
 
@@ -243,6 +303,7 @@ class Report:
             ("", self.heading()),
             ("Geometric means over the eleven even shapes", self.means()),
             ("All cases", self.table()),
+            ("One step of one sequence, in microseconds", self.floors()),
             ("Odd shapes", self.odd_shapes()),
             ("Against torch.nn under other conditions", self.beside(others) if others else []),
             ("Page faults of a warm training step", self.faults()),
@@ -254,8 +315,13 @@ class Report:
             if lines
         ]
         return (
-            "# Benchmarks\n\nWritten by `make readme`. A ratio is the peer's time over fastrnn's; "
-            "below 1, in bold, the peer is faster.\n\n" + "\n\n".join(blocks) + "\n"
+            "# Benchmarks\n\nWritten by `make readme`. A ratio is the peer's time over fastrnn's, "
+            "the median over the rounds of neighbouring samples; below 1, in bold, the peer is "
+            "faster. MB is the peak above the inputs. All cases share one process, and what a "
+            "library's allocator has kept from earlier cases counts: where a step needs large "
+            "buffers, torch.nn's time differs by up to 1.4 times between runs.\n\n"
+            + "\n\n".join(blocks)
+            + "\n"
         )
 
     def summary(self) -> str:
@@ -266,10 +332,12 @@ class Report:
         ]
         for shape in README_SHAPES:
             found = [self.find(c, w, shape) for c, w in columns]
-            cells = [f"{r.ratios['torch.nn']:.2f}x" if r else "" for r in found]
-            lines.append(f"| {shape} | {' | '.join(cells)} |")
-        means = [mean(r.ratios["torch.nn"] for r in self.grid(c, w, EVEN)) for c, w in columns]
-        lines.append("| mean of eleven | " + " | ".join(f"{m:.2f}x" for m in means) + " |")
+            lines.append(f"| {shape} | {' | '.join(map(times, found))} |")
+        grids = [self.grid(c, w, EVEN) for c, w in columns]
+        if any(len(grid) != len(EVEN) for grid in grids):
+            raise ValueError("the README shows runs of all cases only")
+        means = [f"{geometric_mean([r.ratios['torch.nn'] for r in g]):.2f}x" for g in grids]
+        lines.append(f"| mean of {len(EVEN)} | {' | '.join(means)} |")
         return "\n".join(lines)
 
     # Plots
@@ -289,6 +357,9 @@ class Report:
                         ax.scatter(ratio, y, color=COLORS[name], s=28, zorder=2)
                 ax.axvline(1, color=COLORS["fastrnn"], lw=1.5)
                 ax.set_xscale("log")
+                ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+                ax.xaxis.set_minor_formatter(ticker.NullFormatter())
                 ax.set_title(f"{cell} {which}")
                 ax.set_yticks(range(len(shapes)), [str(s) for s in shapes])
                 ax.grid(axis="x", alpha=0.3)
@@ -323,15 +394,24 @@ class Report:
         if probe:
             x = [10 ** (k / 20 - 1) for k in range(70)]
             for size, rate in probe["read"]:
-                if size >> 10 in (256, 4096, 131072):
+                if size >> 10 in (32, 1024, 4096, 131072):
                     y = [min(i * rate, probe["flops"]) / 1e9 for i in x]
                     ax.plot(x, y, color="0.6", lw=1)
-                    ax.annotate(f"{size >> 10} KiB", (x[4], y[4]), color="0.4", fontsize=8)
+                    at = (x[4], y[4])
+                    label = f"{size >> 10} KiB"
+                    ax.annotate(
+                        label,
+                        at,
+                        xytext=(0, 3),
+                        textcoords="offset points",
+                        color="0.4",
+                        fontsize=8,
+                    )
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel("flops per byte of W_hh read")
         ax.set_ylabel("GFLOP/s")
-        ax.set_title(f"fastrnn under the measured limits of {threads} threads")
+        ax.set_title(f"fastrnn under the measured limits of {threads} threads, by size of W_hh")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
         figure.tight_layout()
@@ -357,8 +437,8 @@ class Report:
         ax.invert_yaxis()
         ax.axvline(1, color="0.3", lw=1)
         ax.set_xlabel(f"time of 1 thread over time of {self.ours['threads']}")
-        ax.legend()
-        figure.tight_layout()
+        figure.legend(loc="upper right", ncol=2, frameon=False)
+        figure.tight_layout(rect=(0, 0, 1, 0.95))
         return figure
 
     def plot_overhead(self) -> plt.Figure | None:
@@ -368,13 +448,12 @@ class Report:
             return None
         names = [n for n in COLORS if any(n in r.seconds for r in results)]
         figure, ax = plt.subplots(figsize=(9, 4.5))
-        for k, name in enumerate(names):
-            places = [i + 0.8 * k / len(names) for i, r in enumerate(results) if name in r.seconds]
-            values = [1e6 * r.seconds[name] for r in results if name in r.seconds]
-            ax.bar(places, values, width=0.75 / len(names), color=COLORS[name], label=name)
-        ax.set_xticks(
-            [i + 0.3 for i in range(len(results))], [f"{r.cell}\n{r.which}" for r in results]
-        )
+        for name in names:
+            places = [i for i, r in enumerate(results) if name in r.seconds]
+            values = [1e6 * results[i].seconds[name] for i in places]
+            ax.plot(places, values, "o", color=COLORS[name], label=name)
+        ax.set_xticks(range(len(results)), [f"{r.cell}\n{r.which}" for r in results])
+        ax.grid(axis="y", which="both", alpha=0.3)
         ax.set_yscale("log")
         ax.set_ylabel("µs a call")
         ax.set_title(f"Call overhead at {EVEN[0]}")
@@ -392,8 +471,17 @@ class Report:
         return {name: figure for name, figure in figures.items() if figure}
 
 
-def mean(values: Iterable[float]) -> float:
-    return geometric_mean(list(values))
+def spread(results: list[Result]) -> float:
+    return statistics.median(
+        (q[1] - q[0]) / r.ratios["torch.nn"] for r in results if (q := r.quartiles["torch.nn"])
+    )
+
+
+def times(r: Result | None) -> str:
+    if r is None:
+        return ""
+    ratio = r.ratios["torch.nn"]
+    return f"{ratio:.2f}x" if ratio >= 1 else f"**{ratio:.2f}x**"
 
 
 def milliseconds(seconds: float) -> str:
@@ -435,7 +523,8 @@ def main() -> None:
     figures = report.plots()
     for name, figure in figures.items():
         for kind in ("png", "svg"):
-            figure.savefig(out / f"{name}.{kind}", dpi=110)
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(out / f"{name}.{kind}", dpi=110, metadata=metadata)
     pictures = "\n".join(f"![{name}]({name}.png)" for name in figures)
     (out / "README.md").write_text(f"{text}\n## Plots\n\n{pictures}\n")
     if args.readme:

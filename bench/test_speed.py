@@ -8,14 +8,17 @@ Everybody's results are compared with torch.nn's first.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import peers
 import pytest
 import torch
-from cases import Case, cases, flops, problem, recurrent_bytes
+from cases import ODD, Case, cases, flops, problem, weight_bytes
 
-ROUNDS = (7, 40)
+MOST_ROUNDS = 40
+BUSY_ROUNDS = 20
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -25,13 +28,14 @@ def test_speed(
     contestants: list[peers.Peer],
     absent: dict[str, str],
     memory: dict[str, Any],
+    peak: Callable[[int], float | None],
     request: pytest.FixtureRequest,
 ) -> None:
-    threads = case.threads or request.config.getoption("--threads")
+    option = request.config.getoption
+    threads = case.threads or option("--threads")
     torch.set_num_threads(threads)
     numbers = problem(case)
-    expected = peers.Module("torch.nn").prepare(case, numbers, threads)
-    expected = [t.detach().clone() for t in expected()]
+    expected = [t.detach().clone() for t in peers.TORCH.prepare(case, numbers, threads)()]
     runs, refusals = {}, {}
     for peer in contestants:
         if why := absent.get(peer.name) or peer.refuses(case):
@@ -41,21 +45,29 @@ def test_speed(
             run = peer.prepare(case, numbers, threads)
             peers.check(peer, peer.results(run()), expected)
         except Exception as error:
-            if peer in (peers.OURS, peers.PEERS[0]):
+            if peer in (peers.OURS, peers.TORCH):
                 raise
             refusals[peer.name] = f"failed: {error}"
             continue
         runs[peer.name] = run
-
-    once = {name: min(peers.timed(run, 2) for _ in range(3)) for name, run in runs.items()}
-    repeats = {name: max(1, round(peers.SAMPLE / seconds)) for name, seconds in once.items()}
     ours, *others = runs
+    floors = [f for f in peers.FLOORS if f.refuses(case) is None]
+    runs |= {f.name: f.prepare(case, numbers, threads) for f in floors}
+    neighbour = replace(case, shape=ODD[case.shape]) if case.shape in ODD else None
+    if neighbour:
+        runs["neighbour"] = peers.OURS.prepare(neighbour, problem(neighbour), threads)
+
+    busy = option("--busy")
+    sample = peers.BUSY_SAMPLE if busy else peers.SAMPLE
+    once = {name: min(peers.timed(run, 2) for _ in range(3)) for name, run in runs.items()}
+    repeats = {name: peers.repeats(run, sample) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
 
     def turns() -> None:
-        for name in others:
-            peers.rest(runs[name])
-            samples[name].append(peers.timed(runs[name], repeats[name]))
+        for name in runs:
+            if name != ours:
+                peers.rest(runs[name])
+                samples[name].append(peers.timed(runs[name], repeats[name]))
         peers.rest(runs[ours])
 
     def turn() -> None:
@@ -63,11 +75,18 @@ def test_speed(
 
     turns(), turn()
     round_takes = sum(peers.REST + once[n] * (repeats[n] + 1) for n in runs)
-    rounds = round(request.config.getoption("--seconds") / round_takes)
-    least, most = ROUNDS
+    rounds = round(option("--seconds") / round_takes)
+    least, most = BUSY_ROUNDS if busy else peers.FEWEST_ROUNDS, MOST_ROUNDS
     for values in samples.values():
         values.clear()
+    limit = peak(threads)
     benchmark.pedantic(turn, setup=turns, rounds=min(most, max(least, rounds)))
+    # What pytest-benchmark timed is a whole sample.
+    benchmark.stats.stats.data[:] = samples[ours]
+
+    def paired(name: str) -> list[float]:
+        return [a / b for a, b in zip(samples[name], samples[ours], strict=True)]
+
     benchmark.extra_info.update(
         cell=case.cell,
         which=case.which,
@@ -75,14 +94,14 @@ def test_speed(
         variant=case.variant,
         threads=threads,
         flops=flops(case),
-        recurrent_bytes=recurrent_bytes(case),
+        peak=limit,
+        weight_bytes=weight_bytes(case),
+        rounds=len(samples[ours]),
         seconds={name: statistics.median(values) for name, values in samples.items()},
-        ratios={
-            name: statistics.median(
-                a / b for a, b in zip(samples[name], samples[ours], strict=True)
-            )
-            for name in others
-        },
+        ratios={name: statistics.median(paired(name)) for name in others},
+        quartiles={name: statistics.quantiles(paired(name))[::2] for name in others},
+        neighbour=neighbour
+        and statistics.median(paired("neighbour")) * flops(case) / flops(neighbour),
         refusals=refusals,
         memory=memory.get(str(case)),
     )

@@ -122,7 +122,7 @@ bool cores_are_shared() {
 }
 
 // So many threads shared work for so long, and each lost so much of it to waiting.
-void settle(int threads, nanoseconds took, nanoseconds lost) {
+[[maybe_unused]] void settle(int threads, nanoseconds took, nanoseconds lost) {
   const nanoseconds pause = g_pause.load(std::memory_order_relaxed);
   nanoseconds owed = g_owed.load(std::memory_order_relaxed) + lost - (threads - 1) * (took - lost);
   owed = std::max(owed, -kMostPaid);
@@ -387,6 +387,7 @@ int current_core() {
 }
 
 // Threads that slept may wake on one core, and a scheduler takes milliseconds to move them apart.
+// What this thread may run on is the same afterwards, unless somebody changes it just now.
 void leave_core(int core) {
 #ifdef FASTRNN_LINUX
   cpu_set_t allowed, others;
@@ -394,7 +395,8 @@ void leave_core(int core) {
   others = allowed;
   CPU_CLR(core, &others);
   if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others)) return;
-  sched_setaffinity(0, sizeof allowed, &allowed);
+  // Refused only if none of these cores is left to the process: then the kernel has widened it.
+  (void)!sched_setaffinity(0, sizeof allowed, &allowed);
 #else
   (void)core;
 #endif

@@ -126,7 +126,6 @@ class Tensor {
 
   int dimensions() const { return dimensions_; }
   int64_t size(int k) const { return size_[k]; }
-  int64_t stride(int k) const { return stride_[k]; }
   int64_t count() const { return count_; }
   Element element() const { return element_; }
 
