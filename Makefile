@@ -13,7 +13,7 @@ extension := build/extension-$(notdir $(VENV))
 selftest := build/selftest-$(notdir $(lastword $(CXX)))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test heavy test-isa bench readme bench-loaded bench-compare lint sanitize fuzz wheel clean
+.PHONY: help demo test heavy test-isa aot bench readme bench-loaded bench-compare lint sanitize fuzz wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ heavy: $(VENV)/.dev ## run the heavy tests
 test-isa: $(VENV)/.dev ## run the engine's tests with only part of the processor's instruction set
 	ATEN_CPU_CAPABILITY=avx2 $(pytest) -n 2 -m "isa and not heavy" tests
 	ATEN_CPU_CAPABILITY=default $(pytest) -n 2 -m "isa and not heavy" tests
+
+aot: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and check what they take
+	$(bin)/python -m fastrnn aot
 
 # The peers are optional: whoever is not installed is reported as missing. Timings have one process.
 bench := $(bin)/pytest -q --timeout 900 -o faulthandler_timeout=960 \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: one float32 forward pass, and in training a full backward pass too.
+    """One thing to measure: one forward pass, and in training a full backward pass too.
 
     Attributes:
         packed: sequences of uniformly random lengths, at least one of T steps.
@@ -125,6 +126,20 @@ class Problem:
     @property
     def hx(self) -> Tensor | tuple[Tensor, ...]:
         return self.state if len(self.state) > 1 else self.state[0]
+
+    def to(self, device: str, dtype: torch.dtype) -> Problem:
+        """A copy elsewhere; the lengths of a packed batch stay on the CPU."""
+
+        def moved(t: Tensor) -> Tensor:
+            return t.to(device, dtype, copy=True)
+
+        return replace(
+            self,
+            module=copy.deepcopy(self.module).to(device, dtype),
+            x=moved(self.x),
+            state=tuple(map(moved, self.state)),
+            cotangent=moved(self.cotangent),
+        )
 
     def pack(self, padded: Tensor) -> PackedSequence:
         assert self.lengths is not None

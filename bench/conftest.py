@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import OURS, PEERS, TORCH, Peer, missing
+from peers import GPU_PEERS, OURS, PEERS, TORCH, Peer, missing
 
 HERE = Path(__file__).parent
 PROBES = pytest.StashKey[dict[int, Any]]()
@@ -23,7 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastrnn")
     group.addoption("--threads", type=int, default=min(2, os.cpu_count() or 1))
     group.addoption("--seconds", type=float, default=2.0, help="to spend on a case, about")
-    group.addoption("--peers", default=",".join(p.name for p in PEERS), help="names, with commas")
+    group.addoption("--peers", help="names, with commas; default: all")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda", "rocm"))
+    group.addoption("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     group.addoption("--busy", action="store_true", help="keep all cores busy beside it")
     group.addoption("--probe", help="the program built from probe.cpp")
     group.addoption("--memory", action="store_true", help="measure memory too")
@@ -32,25 +34,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Before the cases, of which some take minutes: the probe, and the names of peers."""
     config = session.config
-    unknown = set(names(config)) - {p.name for p in PEERS}
-    if unknown or TORCH.name not in names(config):
+    device, dtype = config.getoption("--device"), config.getoption("--dtype")
+    if device != "cpu" and (
+        not torch.cuda.is_available() or bool(torch.version.hip) != (device == "rocm")
+    ):
+        raise pytest.UsageError(f"--device {device}: torch {torch.__version__} sees no such device")
+    if device == "cpu" and dtype != "float32":
+        raise pytest.UsageError(f"--dtype {dtype}: expected a GPU, or float32")
+    known = [p.name for p in peers_on(config)]
+    if set(names(config)) - set(known) or TORCH.name not in names(config):
         raise pytest.UsageError(
-            f"--peers: expected {TORCH.name} and any of {', '.join(p.name for p in PEERS)}, "
+            f"--peers: expected {TORCH.name} and any of {', '.join(known)}, "
             f"got {config.getoption('--peers')}"
         )
     threads = {1, config.getoption("--threads")}
     config.stash[PROBES] = {n: probe(config, n) for n in threads}
 
 
+def peers_on(config: pytest.Config) -> tuple[Peer, ...]:
+    return PEERS if config.getoption("--device") == "cpu" else GPU_PEERS
+
+
 def names(config: pytest.Config) -> list[str]:
-    return config.getoption("--peers").split(",")
+    given = config.getoption("--peers")
+    return given.split(",") if given else [p.name for p in peers_on(config)]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
     import fastrnn
 
     versions = {"torch": torch.__version__, "fastrnn": fastrnn.__version__}
-    for name in sorted({n for p in PEERS for n in p.needs}):
+    for name in sorted({n for p in peers_on(config) for n in p.needs}):
         try:
             versions[name] = __import__(name).__version__
         except ImportError:
@@ -58,14 +72,29 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
     torch.set_num_threads(config.getoption("--threads"))
     machine_info["fastrnn"] = {
         "versions": versions,
+        "device": device_name(config),
+        "dtype": config.getoption("--dtype"),
         "threads": config.getoption("--threads"),
         "cores": len(os.sched_getaffinity(0)),
         "busy": config.getoption("--busy"),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "engine": str(fastrnn.explain(fastrnn.LSTM(1, 1), torch.zeros(1, 1, 1))),
+        "engine": engine(config),
         "seconds": config.getoption("--seconds"),
         "probe": {str(n): found for n, found in config.stash[PROBES].items()},
     }
+
+
+def engine(config: pytest.Config) -> str:
+    import fastrnn
+
+    place = "cpu" if config.getoption("--device") == "cpu" else "cuda"
+    like = torch.zeros(1, 1, 64, device=place, dtype=getattr(torch, config.getoption("--dtype")))
+    return str(fastrnn.explain(fastrnn.LSTM(64, 64).to(like), like))
+
+
+def device_name(config: pytest.Config) -> str:
+    on_cpu = config.getoption("--device") == "cpu"
+    return "cpu" if on_cpu else torch.cuda.get_device_name()
 
 
 def probe(config: pytest.Config, threads: int, *which: str) -> Any:
@@ -102,7 +131,8 @@ def load(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Peak bytes and page faults by case, of a process of its own."""
-    if not request.config.getoption("--memory") or not Path("/proc/self/clear_refs").exists():
+    wanted = request.config.getoption("--memory") and request.config.getoption("--device") == "cpu"
+    if not wanted or not Path("/proc/self/clear_refs").exists():
         return {}
     threads = str(request.config.getoption("--threads"))
     result = subprocess.run(
@@ -122,7 +152,7 @@ def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def contestants(request: pytest.FixtureRequest) -> list[Peer]:
-    return [OURS, *(p for p in PEERS if p.name in names(request.config))]
+    return [OURS, *(p for p in peers_on(request.config) if p.name in names(request.config))]
 
 
 @pytest.fixture(scope="session")

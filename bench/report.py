@@ -45,6 +45,13 @@ COLORS = {
     "openvino": "#8d6b94",
     "jax": "#edae49",
     "torch.compile": "#9c9c9c",
+    "flashrnn": "#66a182",
+}
+
+
+CONDITIONS = {
+    "busy": "busy: as many other processes as cores, none ever idle",
+    "one-core": "one-core: restricted to one core, with torch told two threads",
 }
 
 
@@ -152,9 +159,11 @@ class Report:
             " and changes" if self.commit.get("dirty") else ""
         )
         cpu = self.machine.get("cpu", {}).get("brand_raw", self.machine["processor"])
-        lines = [
-            f"- {self.ours['threads']} threads on {self.ours['cores']} cores of {cpu}, "
-            f"torch's instruction set {self.ours['torch_isa']}; {self.ours['engine']}"
+        lines = [] if self.ours.get("device", "cpu") == "cpu" else [f"- on {self.ours['device']}"]
+        lines += [
+            f"- {self.ours.get('dtype', 'float32')}; {self.ours['threads']} threads on "
+            f"{self.ours['cores']} cores of {cpu}, torch's instruction set "
+            f"{self.ours['torch_isa']}; {self.ours['engine']}"
             + ("; other processes keep all cores busy" if self.ours["busy"] else ""),
             f"- Python {self.machine['python_version']}, {versions}; commit {commit}",
             f"- {self.ours['seconds']:g} s a case, of at least "
@@ -278,8 +287,7 @@ class Report:
                 )
         columns = " | ".join(f"{name} | middle half" for name in others)
         lines = [
-            "`busy` has as many other processes as cores, none ever idle; `one-core` is "
-            "restricted to one core, with torch told two threads.",
+            *(f"- {CONDITIONS[name]}" for name in others if name in CONDITIONS),
             "",
             f"| cell | pass | (T, B, I, H) | alone | {columns} |",
             "|---|---|---|---:|" + "---:|---|" * len(others),

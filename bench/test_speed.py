@@ -15,10 +15,21 @@ from typing import Any
 import peers
 import pytest
 import torch
-from cases import ODD, Case, cases, flops, problem, weight_bytes
+from cases import ODD, Case, Problem, cases, flops, problem, weight_bytes
 
 MOST_ROUNDS = 40
-BUSY_ROUNDS = 20
+BUSY_ROUNDS = 10
+
+
+def copies(numbers: Problem, device: str, dtype: torch.dtype) -> list[Problem]:
+    """The numbers of a case; on a GPU as often as it takes to exceed its L2 cache twice."""
+    if device == "cpu":
+        return [numbers]
+    first = numbers.to("cuda", dtype)
+    tensors = (first.x, *first.state, first.cotangent, *first.module.parameters())
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    count = 1 + 2 * torch.cuda.get_device_properties(0).L2_cache_size // size
+    return [first, *(numbers.to("cuda", dtype) for _ in range(min(count, 1000) - 1))]
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -34,15 +45,15 @@ def test_speed(
     option = request.config.getoption
     threads = case.threads or option("--threads")
     torch.set_num_threads(threads)
-    numbers = problem(case)
-    expected = [t.detach().clone() for t in peers.TORCH.prepare(case, numbers, threads)()]
+    numbers = copies(problem(case), option("--device"), getattr(torch, option("--dtype")))
+    expected = [t.detach().clone() for t in peers.TORCH.prepare(case, numbers[0], threads)()]
     runs, refusals = {}, {}
     for peer in contestants:
         if why := absent.get(peer.name) or peer.refuses(case):
             refusals[peer.name] = why
             continue
         try:
-            run = peer.prepare(case, numbers, threads)
+            run = peers.prepared(peer, case, numbers, threads)
             peers.check(peer, peer.results(run()), expected)
         except Exception as error:
             if peer in (peers.OURS, peers.TORCH):
@@ -52,10 +63,11 @@ def test_speed(
         runs[peer.name] = run
     ours, *others = runs
     floors = [f for f in peers.FLOORS if f.refuses(case) is None]
-    runs |= {f.name: f.prepare(case, numbers, threads) for f in floors}
+    runs |= {f.name: peers.prepared(f, case, numbers, threads) for f in floors}
     neighbour = replace(case, shape=ODD[case.shape]) if case.shape in ODD else None
     if neighbour:
-        runs["neighbour"] = peers.OURS.prepare(neighbour, problem(neighbour), threads)
+        beside = copies(problem(neighbour), option("--device"), getattr(torch, option("--dtype")))
+        runs["neighbour"] = peers.prepared(peers.OURS, neighbour, beside, threads)
 
     busy = option("--busy")
     sample = peers.BUSY_SAMPLE if busy else peers.SAMPLE

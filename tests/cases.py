@@ -184,9 +184,18 @@ STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
+def layered() -> list[str]:
+    """The backends that can run here layer by layer, behind an autograd Function of ours.
+
+    Triton's interpreter is slow: test_triton.py looks after it.
+    """
+    here = [b for b in BACKENDS if load(b).missing() is None and not load(b).STACKS]
+    return [b for b in here if b != "triton"]
+
+
 def runnable() -> list[str]:
-    """The backends that can run here, the reference aside."""
-    return [b for b in BACKENDS if b != "reference" and load(b).missing() is None]
+    """Of these all but the reference."""
+    return [b for b in layered() if b != "reference"]
 
 
 def arguments(case: Case) -> dict[str, Any]:

@@ -13,6 +13,8 @@ pytest.register_assert_rewrite("cases")
 
 
 def pytest_configure() -> None:
+    # The Triton kernels that this process imports run in the interpreter, without a GPU.
+    os.environ["TRITON_INTERPRET"] = "1"
     # With both of these torch fills every torch.empty with NaN (integers: their largest value), so
     # an element that nobody wrote fails the test that reads it. The engine's own scratch memory is
     # not torch's: it is poisoned by a switch of its own.

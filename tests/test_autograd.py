@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, STEPS, Case, assert_equal, assert_near, call, data, evaluate, ours, theirs
+from cases import (
+    LAYERS,
+    STEPS,
+    Case,
+    assert_equal,
+    assert_near,
+    call,
+    data,
+    evaluate,
+    layered,
+    ours,
+    theirs,
+)
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -20,13 +32,13 @@ from torch.utils.checkpoint import checkpoint
 
 import fastrnn
 from fastrnn.cells import CELLS
-from fastrnn.dispatch import BACKENDS, choose, load
+from fastrnn.dispatch import choose, load
 
 MODES = list(LAYERS)
 F64 = torch.float64
 
 
-@pytest.fixture(params=[b for b in BACKENDS if load(b).missing() is None], autouse=True)
+@pytest.fixture(params=layered(), autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with fastrnn.use_backend(request.param):
         yield request.param
@@ -374,7 +386,7 @@ def test_backward_runs_where_forward_ran(
     mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs, leaves = graph(small(mode), ours)
-    others = [b for b in BACKENDS if b != backend and load(b).missing() is None]
+    others = [b for b in layered() if b != backend]
     with spied(monkeypatch, load(backend), "backward") as calls:
         for other in others or [backend]:
             with fastrnn.use_backend(other):
@@ -545,7 +557,7 @@ def test_a_choice_of_backend_is_not_part_of_the_graph() -> None:
     a, b = fastrnn.GRU(3, 4, dtype=F64), fastrnn.GRU(4, 4, dtype=F64)
     x = torch.randn(5, 2, 3, dtype=F64)
     grads = []
-    for name in [c for c in BACKENDS if load(c).missing() is None]:
+    for name in [*layered(), "torch"]:
         y, _ = a(x)
         with fastrnn.use_backend(name):
             assert choose(CELLS["GRU"], F64, x.device).backend == name

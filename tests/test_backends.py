@@ -86,6 +86,13 @@ def test_layer(case: Case, backend: str, dtype: torch.dtype) -> None:
     judged(case, backend, dtype)
 
 
+@dtypes
+@pytest.mark.parametrize("case", CASES[::4], ids=str)
+def test_stack(case: Case, dtype: torch.dtype) -> None:
+    """torch's operator, which takes all layers at once."""
+    judged(case, "torch", dtype)
+
+
 @pytest.mark.heavy
 @fast
 @dtypes

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS
+from cases import LAYERS, layered
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
@@ -152,7 +152,7 @@ def test_the_argument_beats_the_context_beats_the_environment(
 def test_a_change_of_choice_holds_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice is remembered by cell, dtype, device and what was asked for, not by module."""
     calls: list[str] = []
-    for name in [b for b in BACKENDS if load(b).missing() is None]:
+    for name in layered():
         original = load(name).forward
 
         def spy(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
@@ -202,13 +202,25 @@ def test_environment_unrunnable() -> None:
     assert "fastrnn._cpp could not be imported" in result.stderr
 
 
-def test_without_the_extension_the_reference_runs() -> None:
+def test_without_the_extension_torch_runs() -> None:
     code = WITHOUT_CPP + "m, x = fastrnn.LSTM(3, 4), torch.randn(5, 2, 3)\n"
     code += "m(x)[0].sum().backward(); print(fastrnn.explain(m, x))"
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("reference: automatic choice")
+    assert result.stdout.startswith("torch: automatic choice")
     assert "not cpp: the extension fastrnn._cpp could not be imported" in result.stdout
+
+
+def test_triton_is_not_imported_for_a_tensor_on_the_cpu() -> None:
+    code = """
+import sys, torch, fastrnn
+for dtype in (torch.float32, torch.bfloat16):
+    m, x = fastrnn.LSTM(3, 4, dtype=dtype), torch.randn(5, 2, 3, dtype=dtype)
+    m(x), fastrnn.explain(m, x)
+print("triton" in sys.modules)
+"""
+    result = run_python(code)
+    assert result.stdout.strip() == "False", result.stderr
 
 
 # Refusals
@@ -240,7 +252,7 @@ def test_an_explicit_choice_on_another_device() -> None:
 
 def fake(**changes: Any) -> SimpleNamespace:
     names = ("missing", "refuses", "describe", "forward", "backward")
-    return SimpleNamespace(**{n: getattr(reference, n) for n in names} | changes)
+    return SimpleNamespace(STACKS=False, **{n: getattr(reference, n) for n in names} | changes)
 
 
 def test_a_backend_that_misses_something(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +293,7 @@ def test_explain_a_cell_packed_input_and_another_dtype() -> None:
     assert fastrnn.explain(fastrnn.GRUCell(3, 4), x[0]).backend == "cpp"
     assert fastrnn.explain(fastrnn.GRU(3, 4), pack_sequence([x[:, 0]])).backend == "cpp"
     choice = fastrnn.explain(fastrnn.GRU(3, 4).bfloat16(), x.bfloat16())
-    assert choice.backend == "reference"
+    assert choice.backend == "torch"
     assert choice.rejected["cpp"] == "expected torch.float32 or torch.float64, got torch.bfloat16"
     assert "not cpp: expected torch.float32" in str(choice)
 

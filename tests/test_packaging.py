@@ -35,6 +35,7 @@ KERNELS = ROOT / "kernels"
 # From the top down. A part imports only itself and what stands below it; `fastrnn/__init__.py` may
 # import anything.
 LAYERS = [
+    "__main__",
     "modules",
     "functional",
     "autograd",
@@ -47,7 +48,10 @@ LAYERS = [
 ]
 
 # What a part may import besides the standard library, where that is not torch alone.
-THIRD_PARTY = {"kernels": {"torch", "numpy", "numba", "triton"}}
+THIRD_PARTY = {
+    "__main__": {"torch", "rich"},
+    "kernels": {"torch", "numpy", "numba", "triton"},
+}
 
 needs_tree = pytest.mark.skipif(
     not (ROOT / "pyproject.toml").is_file() or not SOURCE.is_dir(),

@@ -13,18 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import cast
 
 import torch
 
-from fastrnn.backends import Backend
+from fastrnn.backends import Backend, Choosable, Sizes, Stacks
 from fastrnn.cells import Cell
 
 __all__ = ["BACKENDS", "BackendError", "Choice", "choose", "empty_cache", "load", "use_backend"]
 
-BACKENDS = ("cpp", "reference")
+BACKENDS = ("cpp", "triton", "torch", "reference")
 """Every backend by name, fastest first: the order of the automatic choice."""
 
 _environment = os.environ.get("FASTRNN_BACKEND") or None
@@ -56,7 +56,7 @@ class Choice:
 
 
 @cache
-def load(name: str) -> Backend:
+def load(name: str) -> Choosable:
     """The module of a backend.
 
     Raises:
@@ -64,7 +64,7 @@ def load(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(_unknown(name))
-    return cast(Backend, import_module(f"fastrnn.backends.{name}"))
+    return cast(Choosable, import_module(f"fastrnn.backends.{name}"))
 
 
 def empty_cache() -> None:
@@ -74,7 +74,7 @@ def empty_cache() -> None:
     """
     for name in BACKENDS:
         if module := sys.modules.get(f"fastrnn.backends.{name}"):
-            cast(Backend, module).empty_cache()
+            cast(Choosable, module).empty_cache()
 
 
 def _unknown(name: str) -> str:
@@ -111,30 +111,41 @@ def _require(name: str, problem: str | None) -> None:
 
 
 def choose(
-    cell: Cell, dtype: torch.dtype, device: torch.device, backend: str | None = None
+    cell: Cell,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None = None,
+    sizes: Sizes | None = None,
 ) -> Choice:
     """Which backend runs ``cell`` on tensors of ``dtype`` on ``device``, and why.
+
+    On a GPU it also depends on sizes; without them the answer is that for some small layer.
 
     Raises:
         ValueError: the one asked for does not exist.
         BackendError: the one asked for cannot run this.
     """
-    return _choose(cell, dtype, device, *_asked(backend))
+    return _choose(cell, dtype, device, sizes, *_asked(backend))
 
 
 def _choose(
-    cell: Cell, dtype: torch.dtype, device: torch.device, name: str | None, who: str
+    cell: Cell,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: Sizes | None,
+    name: str | None,
+    who: str,
 ) -> Choice:
     if name is not None:
         if name not in BACKENDS:
             raise ValueError(f"{_unknown(name)}, asked for by {who}")
         module = load(name)
-        _require(name, module.missing() or module.refuses(cell, dtype, device))
+        _require(name, module.missing() or module.refuses(cell, dtype, device, sizes))
         return Choice(name, f"asked for by {who}; {module.describe()}")
     rejected: dict[str, str] = {}
     for name in BACKENDS:
         module = load(name)
-        problem = module.missing() or module.refuses(cell, dtype, device)
+        problem = module.missing() or module.refuses(cell, dtype, device, sizes, automatic=True)
         if problem is None:
             return Choice(name, f"automatic choice; {module.describe()}", rejected)
         rejected[name] = problem
@@ -152,13 +163,25 @@ def _asked(backend: str | None) -> tuple[str | None, str]:
     return _environment, "FASTRNN_BACKEND"
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _chosen(
-    cell: Cell, dtype: torch.dtype, device: torch.device, name: str | None, who: str
-) -> Backend:
-    return load(_choose(cell, dtype, device, name, who).backend)
+    cell: Cell,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: Sizes | None,
+    name: str | None,
+    who: str,
+) -> Backend | Stacks:
+    choice = _choose(cell, dtype, device, sizes, name, who)
+    return cast("Backend | Stacks", load(choice.backend))
 
 
-def pick(cell: Cell, dtype: torch.dtype, device: torch.device, backend: str | None) -> Backend:
-    """The module that :func:`choose` names; remembered, since every layer of every call asks."""
-    return _chosen(cell, dtype, device, *_asked(backend))
+def pick(
+    cell: Cell,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: Sizes | None,
+    backend: str | None,
+) -> Backend | Stacks:
+    """The module that :func:`choose` names; remembered, since every call asks."""
+    return _chosen(cell, dtype, device, sizes, *_asked(backend))

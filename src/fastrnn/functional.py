@@ -7,6 +7,7 @@ rely on, whoever calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastrnn.autograd import layer
-from fastrnn.backends import Backend, State, Weights
+from fastrnn.backends import Backend, Sizes, Stacks, State, Weights
 from fastrnn.cells import Cell
 from fastrnn.dispatch import pick
 
-__all__ = ["check_batch_sizes", "rnn", "step"]
+__all__ = ["check_batch_sizes", "rnn", "sizes_of", "step"]
 
 
 def rnn(
@@ -67,7 +68,16 @@ def rnn(
         if input.dim() != 2:
             raise ValueError(f"expected packed rows of 2 dimensions [N, I], got {input.dim()}")
         batch = check_batch_sizes(batch_sizes, input.shape[0])
-    run = pick(cell, input.dtype, input.device, backend)
+    sizes = None  # on which no choice on a CPU depends
+    if not input.is_cpu:
+        sizes = sizes_of(cell, input, weights, batch, batch_sizes is not None)
+    run = pick(cell, input.dtype, input.device, sizes, backend)
+    if run.STACKS:
+        _check_stack(cell, input, weights, hx, batch_sizes, batch)
+        return cast(Stacks, run).rnn(
+            cell, input, weights, hx, batch_sizes, batch, dropout, training
+        )
+    run = cast(Backend, run)
     if len(weights) == 1:
         return _layer(run, cell, input, weights[0], hx, batch_sizes, batch)
     D = len(weights[0])
@@ -105,8 +115,35 @@ def step(
     _refuse_tracing()
     if input.dim() != 2:
         raise ValueError(f"expected an input of 2 dimensions [B, I], got {input.dim()}")
-    run = pick(cell, input.dtype, input.device, backend)
-    return _layer(run, cell, input, (weights,), hx, None, input.shape[0])[1]
+    batch = input.shape[0]
+    sizes = None
+    if not input.is_cpu:
+        sizes = sizes_of(cell, input, ((weights,),), batch)._replace(one_step=True)
+    run = pick(cell, input.dtype, input.device, sizes, backend)
+    if run.STACKS:
+        _check(cell, input, (weights,), hx, None, batch)
+        return cast(Stacks, run).step(cell, input, hx, weights)
+    return _layer(cast(Backend, run), cell, input, (weights,), hx, None, input.shape[0])[1]
+
+
+def sizes_of(
+    cell: Cell,
+    input: Tensor,
+    weights: Sequence[Sequence[Weights]],
+    batch: int,
+    packed: bool = False,
+) -> Sizes:
+    """The sizes of a stack that :mod:`fastrnn.dispatch` may ask for."""
+    w_hh, w_hr = weights[0][0][1], weights[0][0][4]
+    return Sizes(
+        len(weights),
+        len(weights[0]),
+        batch,
+        input.shape[-1],
+        w_hh.shape[:1].numel() // len(cell.gates),
+        w_hr is not None,
+        packed,
+    )
 
 
 def _refuse_tracing() -> None:
@@ -158,6 +195,22 @@ def _check(
     if state is not None:
         directions = (len(weights),) if x.dim() == 3 or batch_sizes is not None else ()
         _check_state(cell, state, (*directions, batch), weights[0], x)
+
+
+def _check_stack(
+    cell: Cell,
+    input: Tensor,
+    weights: Sequence[Sequence[Weights]],
+    hx: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+) -> None:
+    x = input
+    for directions in weights:
+        _check(cell, x, directions, None, batch_sizes, batch)
+        x = input.new_empty(0, sum(w[1].shape[1] for w in directions))
+    if hx is not None:
+        _check_state(cell, hx, (len(weights) * len(weights[0]), batch), weights[0][0], input)
 
 
 def _check_weights(cell: Cell, x: Tensor, weights: Weights, first: Weights) -> None:

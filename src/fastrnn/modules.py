@@ -95,6 +95,7 @@ class RNNBase(nn.RNNBase):
                 self._all_weights.append(names)
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self.reset_parameters()
+        self._init_flat_weights()
 
     def _check_arguments(self, dropout: object) -> None:
         if (
@@ -156,13 +157,12 @@ class RNNBase(nn.RNNBase):
         """Take no notice: code written for torch.nn sets the list after it has set the weights."""
 
     def _init_flat_weights(self) -> None:
-        pass
+        # torch's own looks at what cuDNN could run, by a mode that it knows.
+        if self.mode in ("RNN_TANH", "RNN_RELU", "LSTM", "GRU"):
+            self.flatten_parameters()
 
     def _update_flat_weights(self) -> None:
         pass
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: torch.nn's method packs weights for cuDNN."""
 
     # torch's own of these three keep that list.
 
@@ -362,7 +362,7 @@ class RNN(RNNBase):
 
     Inputs: ``input, hx``
         ``input`` is ``[T, I]``, ``[T, B, I]``, or a :class:`PackedSequence`; ``hx`` the initial
-        state ``[L*D, H]`` or ``[L*D, B, H]``, zero by default. float32 and float64 run fused.
+        state ``[L*D, H]`` or ``[L*D, B, H]``, zero by default.
 
     Outputs: ``output, h_n``
         The last layer's h at every step, ``[T, D*H]``, ``[T, B, D*H]`` or packed, and the final
@@ -595,7 +595,19 @@ def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Ch
     data = input.data if isinstance(input, PackedSequence) else input
     if not isinstance(data, Tensor):
         raise TypeError(f"expected a Tensor or a PackedSequence, got {type(data).__name__}")
-    weights = module._weights()
     module._check_dimensions(data)
-    module._check_input(data, weights[0] if isinstance(weights, tuple) else weights[0][0][0])
-    return choose(module._cell, data.dtype, data.device)
+    if isinstance(module, RNNCellBase):
+        weights = module._weights()
+        module._check_input(data, weights[0])
+        sizes = functional.sizes_of(module._cell, data, ((weights,),), data.shape[:-1].numel())
+        sizes = sizes._replace(one_step=True)
+    else:
+        stack = module._weights()
+        module._check_input(data, stack[0][0][0])
+        if isinstance(input, PackedSequence):
+            batch = int(input.batch_sizes[0])
+        else:
+            batch = 1 if data.dim() == 2 else data.shape[0 if module.batch_first else 1]
+        packed = isinstance(input, PackedSequence)
+        sizes = functional.sizes_of(module._cell, data, stack, batch, packed)
+    return choose(module._cell, data.dtype, data.device, sizes=sizes)

@@ -37,14 +37,17 @@ def previous(out: Tensor, first: Tensor, batch_sizes: Tensor | None, reverse: bo
         return out.clone()
     if batch_sizes is None:
         return torch.cat([out[B:], first]) if reverse else torch.cat([first, out[: N - B]])
-    sizes = batch_sizes.to(out.device)
-    T = sizes.shape[0]
+    # On the CPU, where the sizes are: nothing waits for a GPU.
+    sizes, T = batch_sizes, batch_sizes.shape[0]
     starts = sizes.cumsum(0) - sizes
-    t = torch.repeat_interleave(torch.arange(T, device=out.device), sizes)
-    r = torch.arange(N, device=out.device) - starts[t]
+    t = torch.repeat_interleave(torch.arange(T), sizes)
+    r = torch.arange(N) - starts[t]
     before = t + 1 if reverse else t - 1
     alive = (before >= 0) & (before < T)
     before = before.clamp(0, T - 1)
     alive &= r < sizes[before]
     # Rows of `first` stand behind those of `out` in one gather.
-    return torch.cat([out, first])[torch.where(alive, starts[before] + r, N + r)]
+    rows = torch.where(alive, starts[before] + r, N + r)
+    if out.is_cuda:
+        rows = rows.pin_memory().to(out.device, non_blocking=True)
+    return torch.cat([out, first])[rows]

@@ -1,7 +1,8 @@
 """The contract between a backend and everything above it.
 
-A backend is a module with the functions of :class:`Backend`. It runs one layer, all its directions
-at once, over rows in time-major order: the rows of step 0, then those of step 1, and so on. In a
+A backend is a module with the functions of :class:`Backend`, or, where torch has the operator, of
+:class:`Stacks`. The former runs one layer, all its directions at once, over rows in time-major
+order: the rows of step 0, then those of step 1, and so on. In a
 dense batch every step has B rows; in a packed one step t has ``batch_sizes[t]``, longest sequences
 first, as in :class:`torch.nn.utils.rnn.PackedSequence`. Direction 1 runs backward in time.
 
@@ -17,14 +18,14 @@ Triton or Numba costs more than torch's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastrnn.cells import Cell
 
-__all__ = ["Backend", "Gradients", "State", "Weights"]
+__all__ = ["Backend", "Gradients", "Sizes", "Stacks", "State", "Weights"]
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """``w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H]`` of one direction."""
@@ -40,8 +41,73 @@ Gradients = tuple[Tensor | None, ...]
 """Of x, of each direction's five weights, and of the states if there are any; None: not needed."""
 
 
-class Backend(Protocol):
-    """What a module in :mod:`fastrnn.backends` offers.
+class Sizes(NamedTuple):
+    """What a choice of backend may depend on besides the cell, the dtype and the device."""
+
+    layers: int
+    directions: int
+    batch: int
+    input_size: int
+    hidden_size: int
+    projected: bool = False
+    packed: bool = False
+    one_step: bool = False
+
+
+class Choosable(Protocol):
+    """What every module in :mod:`fastrnn.backends` offers.
+
+    Attributes:
+        STACKS: whether it is one of :class:`Stacks`, or else a :class:`Backend`.
+    """
+
+    STACKS: bool
+
+    def missing(self) -> str | None:
+        """What is missing for the backend to run at all on this machine; None if nothing."""
+
+    def refuses(
+        self,
+        cell: Cell,
+        dtype: torch.dtype,
+        device: torch.device,
+        sizes: Sizes | None = None,
+        automatic: bool = False,
+    ) -> str | None:
+        """Why the backend cannot run this cell on such tensors; None if it can.
+
+        With ``automatic``, also why the next one is the better choice.
+        """
+
+    def empty_cache(self) -> None:
+        """Give back the memory that is kept from call to call."""
+
+    def describe(self) -> str:
+        """A few words on how it runs here, for ``explain`` and bug reports."""
+
+
+class Stacks(Choosable, Protocol):
+    """A backend that runs whole stacks of layers, and that torch differentiates."""
+
+    def rnn(
+        self,
+        cell: Cell,
+        input: Tensor,
+        weights: Sequence[Sequence[Weights]],
+        hx: State | None,
+        batch_sizes: Tensor | None,
+        batch: int,
+        dropout: float,
+        training: bool,
+    ) -> tuple[Tensor, State]:
+        """As :func:`fastrnn.functional.rnn`."""
+
+    def step(self, cell: Cell, input: Tensor, hx: State | None, weights: Weights) -> State:
+        """As :func:`fastrnn.functional.step`."""
+
+
+class Backend(Choosable, Protocol):
+    """A backend that runs one layer, forward and in reverse.
 
     Attributes:
         CHECKS: whether ``forward`` itself raises ValueError where the weights and the state do not
@@ -49,18 +115,6 @@ class Backend(Protocol):
     """
 
     CHECKS: bool
-
-    def missing(self) -> str | None:
-        """What is missing for the backend to run at all on this machine; None if nothing."""
-
-    def refuses(self, cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why the backend cannot run this cell on such tensors; None if it can."""
-
-    def empty_cache(self) -> None:
-        """Give back the memory that is kept from call to call."""
-
-    def describe(self) -> str:
-        """A few words on how it runs here, for ``explain`` and bug reports."""
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, State, Weights
+from fastrnn.backends import Gradients, Sizes, State, Weights
 from fastrnn.cells import Cell
 
 # torch is imported above, so that the extension finds torch's OpenMP runtime loaded and shares it.
@@ -22,6 +22,7 @@ else:
 
 __all__ = [
     "CHECKS",
+    "STACKS",
     "backward",
     "describe",
     "empty_cache",
@@ -32,6 +33,7 @@ __all__ = [
 
 
 CHECKS = True
+STACKS = False
 
 
 def missing() -> str | None:
@@ -67,7 +69,13 @@ def isa() -> str:
     raise AssertionError("the generic engine runs everywhere")
 
 
-def refuses(cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
+def refuses(
+    cell: Cell,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: Sizes | None = None,
+    automatic: bool = False,
+) -> str | None:
     if device.type != "cpu":
         return f"expected tensors on the CPU, got {device}"
     if dtype not in (torch.float32, torch.float64):

@@ -1,4 +1,4 @@
-"""The part of a layer's gradient that is no recurrence, for backends written in Python.
+"""What backends written in Python share: above all the part of a gradient that is no recurrence.
 
 With the gradients ``dgx`` and ``dgh`` of the two products of all rows,
 
@@ -8,8 +8,10 @@ With the gradients ``dgx`` and ``dgh`` of the two products of all rows,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +20,24 @@ from fastrnn.backends import Gradients, State, Weights
 from fastrnn.cells import Cell
 from fastrnn.rows import previous
 
-__all__ = ["Recurrence", "gradients"]
+__all__ = ["Recurrence", "gradients", "in_own_dtype"]
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def in_own_dtype(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Autocast would lower the precision of the products, and the definition's with it."""
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        device = args[1].device.type  # type: ignore[attr-defined]  # x
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
+            return function(*args, **kwargs)
+
+    return run
 
 
 class Recurrence(NamedTuple):

@@ -6,22 +6,20 @@ ended (or, in reverse, not begun) keeps its state, and one loop serves dense, pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import wraps
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrnn.backends import Gradients, State, Weights
-from fastrnn.backends.products import Recurrence, gradients
+from fastrnn.backends import Gradients, Sizes, State, Weights
+from fastrnn.backends.products import Recurrence, gradients, in_own_dtype
 from fastrnn.cells import Cell
 from fastrnn.rows import previous, steps
 
 __all__ = [
     "CHECKS",
+    "STACKS",
     "backward",
     "describe",
     "empty_cache",
@@ -31,13 +29,20 @@ __all__ = [
 ]
 
 CHECKS = False
+STACKS = False
 
 
 def missing() -> str | None:
     return None
 
 
-def refuses(cell: Cell, dtype: torch.dtype, device: torch.device) -> str | None:
+def refuses(
+    cell: Cell,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: Sizes | None = None,
+    automatic: bool = False,
+) -> str | None:
     if not dtype.is_floating_point:
         return f"expected a real floating-point dtype, got {dtype}"
     return None
@@ -51,24 +56,7 @@ def describe() -> str:
     return "plain torch, one step at a time"
 
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def _in_own_dtype(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Autocast would lower the precision of the products, and the definition's with it."""
-
-    @wraps(function)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        device = args[1].device.type  # type: ignore[attr-defined]  # x
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if cast else nullcontext():
-            return function(*args, **kwargs)
-
-    return run
-
-
-@_in_own_dtype
+@in_own_dtype
 def forward(
     cell: Cell,
     x: Tensor,
@@ -110,7 +98,7 @@ def forward(
     return out.resize_(*leading, D * P), result, saved
 
 
-@_in_own_dtype
+@in_own_dtype
 def backward(
     cell: Cell,
     x: Tensor,

@@ -1,0 +1,415 @@
+"""Compile kernels for GPUs that are not there, and read what they take.
+
+``python -m fastrnn aot`` prints what :func:`measure` finds and what breaks a budget. Everything is
+compiled exactly as a launch would: by the same launches, of tensors without data, under a driver
+that knows its target only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+
+from fastrnn.cells import CELLS, Cell
+from fastrnn.kernels.triton import launch, sequence
+from fastrnn.kernels.triton.plans import (
+    BUCKETS,
+    LIMITS,
+    Plan,
+    Target,
+    find,
+    program,
+    resident,
+    streaming,
+)
+
+PRECISIONS = {"16-bit": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+PASSES = ("forward", "backward")
+# The smallest device of each has so many processors.
+PROCESSORS = {"cuda:80": 108, "cuda:90": 114, "cuda:100": 132, "hip:gfx942": 228}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A kernel of a plan.
+
+    Attributes:
+        options: of "projected", "packed", "bidirectional", "fp16".
+    """
+
+    architecture: str
+    mode: str
+    precision: str
+    H: int
+    which: str
+    plan: Plan
+    options: frozenset[str] = frozenset()
+
+    @property
+    def cell(self) -> Cell:
+        return CELLS[self.mode]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the compiler made of a request.
+
+    Attributes:
+        registers: of a thread; on AMD of both kinds together.
+        spills: bytes of stack that registers were written to.
+        shared: bytes.
+        products: tensor-core instructions of a warp and step, as counted and as worked out.
+        problems: which budgets it breaks.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    products: tuple[int, int]
+    problems: tuple[str, ...]
+
+
+class _Driver:
+    """What triton asks of a driver before it compiles."""
+
+    def __init__(self, architecture: str) -> None:
+        kind, arch = architecture.split(":")
+        self.target = (
+            GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64)
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def compiled(request: Request) -> list[tuple[launch.Launch, Any]]:
+    """The distinct kernels of a request, each with a launch of it."""
+    if launch.INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: there is nothing to compile")
+    triton.runtime.driver.set_active(_Driver(request.architecture))
+    kernels: dict[str, tuple[launch.Launch, Any]] = {}
+
+    def run(one: launch.Launch) -> None:
+        part = one.constants["PART"]
+        if part not in kernels:
+            made = one.kernel.warmup(*one.args, grid=one.grid, **one.constants)
+            kernels[part] = (one, made)
+
+    cell, H = request.cell, request.H
+    dtype = torch.float16 if "fp16" in request.options else PRECISIONS[request.precision]
+    projected = "projected" in request.options
+    D = 1 + ("bidirectional" in request.options)
+    T, B, G, P = 3, 16, len(cell.gates), H // 2 if projected else H
+
+    def some(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weights = [
+        (
+            some(G * H, H),
+            some(G * H, P),
+            some(G * H),
+            some(G * H),
+            some(P, H) if projected else None,
+        )
+        for _ in range(D)
+    ]
+    packed = "packed" in request.options
+    x = some(T * B, H) if packed else some(T, B, H)
+    batch_sizes = torch.full((T,), B) if packed else None
+    final = tuple(some(D, B, H if k else P) for k in cell.state_range)
+    target = Target(request.precision, 1 << 20, request.architecture.startswith("hip"))
+    how = (request.plan, target)
+    what = (cell, x, weights, final, batch_sizes, B)
+    if request.which == "forward":
+        launch.forward(*how, *what, True, run=run)
+    else:
+        out = some(*x.shape[:-1], D * P)
+        saved = some(D, T * B, cell.saved_slots(projected), H)
+        launch.backward(*how, *what, out, saved, out, final, run=run)
+    return list(kernels.values())
+
+
+def measure(request: Request) -> Kernel:
+    """Compile a request and hold it against the limits of its architecture."""
+    found = [_measure(request, one, made) for one, made in compiled(request)]
+    return Kernel(
+        max(k.registers for k in found),
+        max(k.spills for k in found),
+        max(k.shared for k in found),
+        (sum(k.products[0] for k in found), sum(k.products[1] for k in found)),
+        tuple(dict.fromkeys(p for k in found for p in k.problems)),
+    )
+
+
+def _measure(request: Request, one: launch.Launch, made: Any) -> Kernel:
+    cuda = request.architecture.startswith("cuda")
+    text = made.asm["ptx" if cuda else "amdgcn"]
+    registers, spills = _of_cubin(made) if cuda else _of_amdgcn(text)
+    shared = made.metadata.shared
+    pattern = r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma\b" if cuda else r"\bv_mfma"
+    counted, expected = len(re.findall(pattern, text)), _products(request, one)
+    if not one.constants["RESIDENT"] and expected:
+        # A pipeline takes some turns of the loop over K out of it.
+        expected *= min(max(1, counted // expected), 3)
+    products = (counted, expected)
+    limits = LIMITS.get(request.architecture)
+    problems = []
+    if spills:
+        problems.append(f"spills {spills} bytes")
+    if limits and shared > limits.shared:
+        problems.append(f"{shared} bytes of shared memory, of {limits.shared}")
+    threads = one.constants["num_warps"] * (limits.warp if limits else 32)
+    if limits and registers * threads > limits.registers:
+        problems.append(f"{registers * threads} registers, of {limits.registers}")
+    processors = PROCESSORS.get(request.architecture)
+    if one.constants["SYNC"] == "grid" and processors and one.grid[0] > processors:
+        problems.append(
+            f"{one.grid[0]} programs that wait for each other, on {processors} processors"
+        )
+    if products[0] != products[1]:
+        problems.append(f"{products[0]} tensor-core instructions a step, not {products[1]}")
+    before, inside = (_weight_loads(made, inside) for inside in (False, True))
+    if one.constants["RESIDENT"] and inside:
+        problems.append(f"{inside} loads of resident weights inside the loop over time")
+    if not (before if one.constants["RESIDENT"] else inside):
+        problems.append("no load of weights was found where it should be")
+    if one.constants["RESIDENT"] and _prefetches(made):
+        problems.append("what a step writes is read ahead, in stages")
+    if one.constants["SYNC"] == "grid" and (lacking := _barrier_lacks(cuda, made)):
+        problems.append(f"the barrier lacks {lacking}")
+    return Kernel(registers, spills, shared, products, tuple(problems))
+
+
+# Rows, columns and K of a tensor-core instruction, per warp.
+_SHAPES = {
+    ("cuda", "16-bit"): (16, 8, 16),
+    ("cuda", "tf32"): (16, 8, 8),
+    ("hip", "16-bit"): (16, 16, 16),
+    ("hip", "ieee"): (16, 16, 4),
+}
+
+
+def _products(request: Request, one: launch.Launch) -> int:
+    """Tensor-core instructions that a warp needs for a step, or in a streaming loop for a turn."""
+    shape = _SHAPES.get((request.architecture.split(":")[0], request.precision))
+    if shape is None:
+        return 0
+    c = one.constants
+    G = len(request.cell.gates)
+    forward = request.which == "forward"
+    first = c["PART"] in ("both", "cell" if forward else "product")
+    second = c["PROJECTED"] and c["PART"] in ("both", "projection" if forward else "cell")
+    # Columns and K of the products with W_hh and W_hr.
+    columns = (c["BH"] * c["SLOTS"], c["BP"]) if forward else (c["BP"], c["BH"])
+    if c["SYNC"] == "program":
+        depths = (c["BP"], c["BH"]) if forward else (G * c["BH"], c["BP"])
+    elif c["RESIDENT"]:
+        depths = (c["NK"] * c["KC"] * c["SPLIT"], c["NKR"] * c["KC"] * c["SPLIT"])
+    else:
+        depths = (c["KC"] * c["SPLIT"],) * 2
+    rows, width, deep = shape
+    total = sum(
+        triton.cdiv(c["BB"], rows) * triton.cdiv(n, width) * triton.cdiv(k, deep)
+        for n, k, has in zip(columns, depths, (first, second), strict=True)
+        if has
+    )
+    return int(triton.cdiv(total, c["num_warps"]))
+
+
+def _of_cubin(made: Any) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, which is where registers are spilled to."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        command = [str(tool), "-res-usage", file.name]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    output = result.stdout + result.stderr
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", output)
+    assert match, output
+    return int(match[1]), int(match[2]) + int(match[3])
+
+
+def _of_amdgcn(text: str) -> tuple[int, int]:
+    """Registers of a lane, both kinds, and bytes of scratch memory."""
+
+    def number(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert match, name
+        return int(match[1])
+
+    # What spills from scalar registers goes to lanes of vector registers, and costs no memory.
+    spilled = max(number("private_segment_fixed_size"), 4 * number("vgpr_spill_count"))
+    return number("vgpr_count"), spilled
+
+
+def _time_loop(ir: str) -> tuple[int, int]:
+    """Where the loop over time begins and ends: the first for of the function's own block."""
+    begin = re.search(r"^    (?:%\S+ = )?scf\.for ", ir, re.MULTILINE)
+    if begin is None:
+        return len(ir), len(ir)
+    end = re.compile(r"^    \}", re.MULTILINE).search(ir, begin.end())
+    assert end
+    return begin.start(), end.end()
+
+
+@cache
+def _lines_of(function: Any) -> tuple[int, int]:
+    source, first = inspect.getsourcelines(function.fn)
+    return first, first + len(source)
+
+
+def _weight_loads(made: Any, inside: bool) -> int:
+    """Loads that ``right_tile`` issues inside the loop over time, or outside."""
+    ir = made.asm["ttgir"]
+    begin, end = _time_loop(ir)
+    names = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ir, re.MULTILINE))
+    first, last = _lines_of(sequence.right_tile)
+    loads = 0
+    for match in re.finditer(
+        r"(?:tt\.load|buffer_load\w*|async_copy_global_to_local)\b.*loc\((#loc\d*)\)", ir
+    ):
+        if (begin <= match.start() < end) == inside:
+            # The innermost place comes first in a chain of call sites.
+            place = names[match[1]]
+            while inner := re.match(r"[^#]*(#loc\d+)", place):
+                place = names[inner[1]]
+            line = re.search(r'":(\d+):\d+', place)
+            loads += line is not None and first <= int(line[1]) < last
+    return loads
+
+
+def _prefetches(made: Any) -> bool:
+    """Whether what a step writes is read by copies that an earlier one began."""
+    ir = made.asm["ttgir"]
+    begin, end = _time_loop(ir)
+    return "async_copy" in ir[begin:end]
+
+
+def _barrier_lacks(cuda: bool, made: Any) -> str:
+    """What the device-wide barrier needs and the code does not have.
+
+    All threads have written before one says so, by a release; nobody reads before that one has
+    heard of all others, by an acquire.
+    """
+    code = made.asm["ptx" if cuda else "amdgcn"]
+    release, acquire = (
+        (r"(?:atom|red)\S*\.release", r"(?:atom|ld)\S*\.acquire")
+        if cuda
+        else ("buffer_wbl2", "buffer_inv")
+    )
+    barrier = r"(?:ttg|gpu)\.barrier[^\n]*\n"
+    arrive = rf"{barrier}(?:[^\n]*addptr[^\n]*\n)?[^\n]*atomic_rmw add"
+    wait = rf"scf\.while(?s:.*?)\n\s+\}}[^\n]*\n\s*{barrier}"
+    ir = made.asm["ttgir"]
+    checks = {
+        "a release": re.search(release, code),
+        "an acquire": re.search(acquire, code),
+        "a barrier of the program": re.search(arrive, ir) and re.search(wait, ir),
+    }
+    return " and ".join(name for name, found in checks.items() if not found)
+
+
+def requests(architectures: list[str], modes: list[str], precisions: list[str]) -> list[Request]:
+    """Every kernel of the plan table, once each."""
+    chosen: dict[Any, Request] = {}
+    for architecture in architectures:
+        for mode in modes:
+            for precision in precisions:
+                for H in BUCKETS:
+                    plans = find(architecture, mode, precision, H)
+                    for which, plan in zip(PASSES, plans or (), strict=False):
+                        request = Request(architecture, mode, precision, H, which, plan)
+                        chosen.setdefault(_kernel_of(request), request)
+                        if plan.sync == "grid":  # what runs where not all programs fit at once
+                            apart = replace(request, plan=plan.apart())
+                            chosen.setdefault(_kernel_of(apart), apart)
+    return list(chosen.values())
+
+
+def _kernel_of(request: Request) -> Request:
+    """Kernels whose weights are not resident serve every H."""
+    return request if request.plan.resident else replace(request, H=0)
+
+
+def candidates(request: Request) -> Iterator[Plan]:
+    """Plans in order of preference: resident weights first, then large tiles, then few warps."""
+    cell, H, forward = request.cell, request.H, request.which == "forward"
+    size = PRECISIONS[request.precision].itemsize
+    if H <= 64:
+        yield from (program(8), program(4), program(2))
+    # Some 64 columns: four warps of a tensor-core tile each, or K split over the warps.
+    units = 64 // cell.slots if forward else 16 if cell.slots > 1 else 64
+    columns = units * cell.slots if forward else units
+    teams = [(1, 4), (1, 8)] if columns > 16 else [(4, 4), (8, 8)]
+    depths = (64, 32) if size == 2 else (32, 16)
+    limits = LIMITS[request.architecture]
+    weights = size * H * units * (cell.slots if forward else len(cell.gates))
+    if weights <= max(limits.shared, 4 * limits.registers) and H <= 1024:
+        yield from (resident(units, k, split, warps) for split, warps in teams for k in depths)
+    if H > 1024:
+        # Half as many programs, which must all be on the device.
+        units, teams = 2 * units, [*teams, (1, 4)]
+    yield from (streaming(units, k, split, warps) for split, warps in teams for k in depths)
+
+
+def _compile(request: Request) -> Kernel | str:
+    try:
+        return measure(request)
+    except Exception as error:  # triton has no common class for what it cannot compile
+        return f"does not compile: {(str(error).splitlines() or [repr(error)])[-1]}"
+
+
+def measure_alone(request: Request) -> Kernel | str:
+    """In a process of its own: where the compiler fails an assertion, it ends the process."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        try:
+            return pool.submit(_compile, request).result()
+        except BrokenProcessPool:
+            return "does not compile: the compiler crashed"
+
+
+def _holds(request: Request) -> bool:
+    kernel = measure_alone(request)
+    return not isinstance(kernel, str) and not kernel.problems
+
+
+def search(request: Request) -> Plan | None:
+    """The first candidate within the limits; ``request.plan`` is not looked at."""
+    for plan in candidates(request):
+        if _holds(replace(request, plan=plan)):
+            return plan
+    return None
+
+
+def largest(request: Request) -> int:
+    """The largest H, in steps of 128, for which the plan is within the limits."""
+    low, high = request.H // 128, 4096 // 128
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = _holds(replace(request, H=128 * middle))
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return 128 * low

@@ -1,0 +1,111 @@
+"""The cells: what happens to a tile of hidden units in one step, and its reverse.
+
+The derivations, and what a slot is, stand in ``fastrnn/cells.py``; names and orders here are the
+same. Every value is a float32 tile ``[rows, units]``:
+
+    forward(pre[slots], s[states]) -> (y[states], v[saved])
+    backward(v[saved], s[states], h, dy[states]) -> (dpre[slots], ds[states])
+
+Where a cell saves nothing, ``v`` is h, which nobody stores.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    # e^-2|x| loses the digits of a small x: there a polynomial (Cephes tanhf).
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    e = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - e) / (1.0 + e)
+    return tl.where(z < 0.390625, p * z * x + x, tl.where(x < 0, -y, y))
+
+
+@triton.jit
+def sigmoid(x):
+    # The exponential of a negative number cannot overflow.
+    e = tl.exp(-tl.abs(x))
+    y = 1.0 / (1.0 + e)
+    return tl.where(x < 0, e * y, y)
+
+
+@triton.jit
+def rnn_tanh_forward(pre, s):
+    h = tanh(pre[0])
+    return (h,), (h,)
+
+
+@triton.jit
+def rnn_tanh_backward(v, s, h, dy):
+    return (dy[0] * (1 - h * h),), (dy[0] * 0,)
+
+
+@triton.jit
+def rnn_relu_forward(pre, s):
+    # A comparison with NaN is false, and NaN must stay.
+    h = tl.where(pre[0] <= 0, 0.0, pre[0])
+    return (h,), (h,)
+
+
+@triton.jit
+def rnn_relu_backward(v, s, h, dy):
+    return (tl.where(h <= 0, 0.0, dy[0]),), (dy[0] * 0,)
+
+
+@triton.jit
+def lstm_forward(pre, s):
+    i = sigmoid(pre[0])
+    f = sigmoid(pre[1])
+    g = tanh(pre[2])
+    o = sigmoid(pre[3])
+    c = f * s[1] + i * g
+    return (o * tanh(c), c), (i, f, g, o)
+
+
+@triton.jit
+def lstm_backward(v, s, h, dy):
+    i, f, g, o = v
+    c = s[1]
+    t = tanh(f * c + i * g)
+    e = dy[1] + dy[0] * o * (1 - t * t)
+    dpre = (
+        e * g * i * (1 - i),
+        e * c * f * (1 - f),
+        e * i * (1 - g * g),
+        dy[0] * t * o * (1 - o),
+    )
+    return dpre, (dy[0] * 0, e * f)
+
+
+@triton.jit
+def gru_forward(pre, s):
+    r = sigmoid(pre[0])
+    z = sigmoid(pre[1])
+    n = tanh(pre[2] + r * pre[3])
+    return (n + z * (s[0] - n),), (r, z, n, pre[3])
+
+
+@triton.jit
+def gru_backward(v, s, h, dy):
+    r, z, n, h_n = v
+    dx_n = dy[0] * (1 - z) * (1 - n * n)
+    dpre = (
+        dx_n * h_n * r * (1 - r),
+        dy[0] * (s[0] - n) * z * (1 - z),
+        dx_n,
+        dx_n * r,
+    )
+    return dpre, (dy[0] * z,)
+
+
+CELLS = {
+    "RNN_TANH": (rnn_tanh_forward, rnn_tanh_backward),
+    "RNN_RELU": (rnn_relu_forward, rnn_relu_backward),
+    "LSTM": (lstm_forward, lstm_backward),
+    "GRU": (gru_forward, gru_backward),
+}

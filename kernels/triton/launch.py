@@ -1,0 +1,305 @@
+"""The tensors that the kernels read, and the launches of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from fastrnn.cells import Cell
+from fastrnn.kernels.triton import sequence
+from fastrnn.kernels.triton.cells import CELLS
+from fastrnn.kernels.triton.plans import Plan, Target
+
+__all__ = ["Launch", "backward", "forward", "run"]
+
+# w_ih, w_hh, b_ih, b_hh and w_hr of a direction.
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+State = tuple[Tensor, ...]
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, int]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+Run = Callable[[Launch], None]
+
+
+def run(launch: Launch) -> None:
+    launch.kernel[launch.grid](*launch.args, **launch.constants)
+
+
+INTERPRETED = isinstance(sequence.forward, InterpretedFunction)
+"""Whether the kernels were defined under TRITON_INTERPRET=1."""
+
+
+class Sizes(NamedTuple):
+    """What the kernels take as numbers, in their order."""
+
+    T: int
+    N: int
+    B: int
+    H: int
+    P: int
+    D: int
+
+
+def _sizes(
+    cell: Cell, x: Tensor, weights: Sequence[Weights], batch_sizes: Tensor | None, batch: int
+) -> Sizes:
+    H, P = weights[0][1].shape[0] // len(cell.gates), weights[0][1].shape[1]
+    T = len(batch_sizes) if batch_sizes is not None else x.shape[0] if x.dim() == 3 else 1
+    return Sizes(T, x.shape[:-1].numel(), batch, H, P, len(weights))
+
+
+def _by_unit(cell: Cell, w: Tensor, part: str) -> Tensor:
+    """Rows ``[G, H]`` of a weight or bias as rows ``[H, slots]``; zero where x or h has no part."""
+    shared, apart = cell.shared, len(cell.gates) - cell.shared
+    gates = w.reshape(len(cell.gates), -1, *w.shape[1:])
+    if apart:
+        none = gates.new_zeros(apart, *gates.shape[1:])
+        gates = torch.cat([gates, none] if part == "x" else [gates[:shared], none, gates[shared:]])
+    return gates.transpose(0, 1).flatten(0, 1)
+
+
+def _running(
+    cell: Cell, given: Sequence[Tensor | None] | None, sizes: Sizes, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """h ``[D, B, P]`` and the other states ``[STATES - 1, D, B, H]`` in float32; None is zero."""
+    _, _, B, H, P, D = sizes
+    h = like.new_zeros(D, B, P, dtype=torch.float32)
+    s = like.new_zeros(len(cell.states) - 1, D, B, H, dtype=torch.float32)
+    for into, value in zip((h, *s), given or (), strict=False):
+        if value is not None:
+            into.copy_(value.reshape(into.shape))
+    return h, s
+
+
+def _results(h: Tensor, s: Tensor, dtype: torch.dtype, directions: bool) -> State:
+    """States as results: no views, which could not be edited in place."""
+    return tuple((r if directions else r[0]).to(dtype, copy=True) for r in (h, *s))
+
+
+def _offsets(batch_sizes: Tensor | None, like: Tensor) -> Tensor:
+    """The first row of each step, and where the last ends; anything in a dense batch."""
+    if batch_sizes is None:
+        return like
+    offsets = torch.zeros(len(batch_sizes) + 1, dtype=torch.int64)
+    torch.cumsum(batch_sizes, 0, out=offsets[1:])
+    if like.is_cuda:
+        return offsets.pin_memory().to(like.device, non_blocking=True)
+    return offsets.to(like.device)
+
+
+_DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _launches(
+    plan: Plan,
+    kernel: Any,
+    tensors: Sequence[Tensor],
+    turns: int,
+    parts: tuple[str, ...],
+    sizes: Sizes,
+    depths: tuple[int, int],
+    target: Target,
+    **constants: Any,
+) -> Iterator[Launch]:
+    """The launches of a plan.
+
+    Args:
+        turns: of the loop over time.
+        parts: of a turn, launched apart where programs cannot meet within a launch.
+        depths: K of the products with W_hh and W_hr.
+    """
+    x = tensors[0]
+    B, H, P, D = sizes.B, sizes.H, sizes.P, sizes.D
+    groups = D * triton.cdiv(B, plan.rows)
+    programs, units, elements = triton.cdiv(H, plan.units or H), plan.units, plan.units
+    if plan.sync == "program":
+        units, elements = (max(16, triton.next_power_of_2(n)) for n in (H, P))
+    elif plan.sync == "grid" and (INTERPRETED or programs > target.programs_at_once):
+        # The interpreter runs one program after another: none can wait for one that comes later.
+        plan = plan.apart()
+    tiles = [1, 1]
+    if plan.sync != "program":
+        tiles = [triton.cdiv(K, plan.depth * plan.split) for K in depths]
+    if not plan.resident:
+        tiles = [0, 0]  # any number
+    # The interpreter's bfloat16 products are wrong.
+    dot = tl.float32 if INTERPRETED else _DOT[x.dtype]
+    constants |= dict(
+        PROJECTED=len(parts) == 2,
+        SYNC=plan.sync,
+        RESIDENT=plan.resident,
+        BB=plan.rows,
+        BH=units,
+        BP=elements,
+        KC=plan.depth,
+        NK=tiles[0],
+        NKR=tiles[1],
+        SPLIT=plan.split,
+        DOT=dot,
+        PRECISION="tf32" if target.precision == "tf32" else "ieee",
+        num_warps=plan.warps,
+        launch_cooperative_grid=plan.sync == "grid",
+        enable_fp_fusion=True,
+    )
+    if not target.amd:
+        # A processor has one program: the assembler need not spill to make room for a second.
+        constants["maxnreg"] = 255
+    counters = torch.zeros(groups, 32, dtype=torch.int32, device=x.device)
+    steps = [(0, turns)]
+    if plan.sync == "launch":
+        steps = [(k, k + 1) for k in range(turns)]
+    else:
+        parts = ("both",)
+    # No grid may be higher than that.
+    wave = max(1, target.programs_at_once // programs) if plan.sync == "grid" else 65535
+    for group in range(0, groups, wave):
+        for first, end in steps:
+            for part in parts:
+                grid = (programs, min(wave, groups - group))
+                args = (*tensors, counters, group, first, end, *sizes)
+                yield Launch(kernel, grid, args, constants | dict(PART=part))
+
+
+def forward(
+    plan: Plan,
+    target: Target,
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    save: bool,
+    run: Run,
+) -> tuple[Tensor, State, Tensor | None]:
+    """As ``fastrnn.backends.Backend.forward``, by a plan.
+
+    Args:
+        run: does a launch.
+    """
+    sizes = _sizes(cell, x, weights, batch_sizes, batch)
+    _, N, B, H, P, D = sizes
+    *leading, _ = x.shape
+    projected = weights[0][4] is not None
+    rows = x.flatten(0, -2)
+    gx = x.new_empty(D, N, H * cell.slots)
+    w_hh = x.new_empty(D, P, H * cell.slots)
+    w_hr = x.new_empty(D, H, P) if projected else x
+    for d, (w_ih, w, b_ih, b_hh, hr) in enumerate(weights):
+        w_x = _by_unit(cell, w_ih, "x").t()
+        if b_ih is None or b_hh is None:
+            torch.mm(rows, w_x, out=gx[d])
+        else:
+            bias = _by_unit(cell, b_ih, "x") + _by_unit(cell, b_hh, "h")
+            torch.addmm(bias, rows, w_x, out=gx[d])
+        w_hh[d] = _by_unit(cell, w, "h").t()
+        if hr is not None:
+            w_hr[d] = hr.t()
+    h, s = _running(cell, state, sizes, x)
+    out = x.new_empty(*leading, D * P)
+    saved = x.new_empty(D, N, cell.saved_slots(projected), H) if save else None
+    tensors = (
+        gx,
+        w_hh,
+        w_hr,
+        torch.stack([h, h]).to(x.dtype),
+        h,
+        s,
+        x.new_empty(D, B, H) if projected else x,
+        out,
+        x if saved is None else saved,
+        _offsets(batch_sizes, x),
+    )
+    for launch in _launches(
+        plan,
+        sequence.forward,
+        tensors,
+        sizes.T,
+        ("cell", "projection") if projected else ("both",),
+        sizes,
+        (P, H),
+        target,
+        CELL=CELLS[cell.mode][0],
+        SLOTS=cell.slots,
+        STATES=len(cell.states),
+        SAVED=len(cell.saved),
+        SAVE=save,
+        PACKED=batch_sizes is not None,
+    ):
+        run(launch)
+    directions = len(leading) == 2 or batch_sizes is not None
+    return out, _results(h, s, x.dtype, directions), saved
+
+
+def backward(
+    plan: Plan,
+    target: Target,
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    out: Tensor,
+    saved: Tensor,
+    dout: Tensor | None,
+    dfinal: Sequence[Tensor | None],
+    run: Run,
+) -> tuple[Tensor, State, Tensor | None]:
+    """The recurrence in reverse, by a plan: the fields of ``backends.products.Recurrence``."""
+    sizes = _sizes(cell, x, weights, batch_sizes, batch)
+    T, N, B, H, P, D = sizes
+    G = len(cell.gates)
+    projected = weights[0][4] is not None
+    w_hh = torch.stack([w[1] for w in weights])
+    w_hr = torch.stack([w[4] for w in weights if w[4] is not None]) if projected else x
+    h0, _ = _running(cell, None if state is None else state[:1], sizes, x)
+    dh_n, ds_n = _running(cell, dfinal, sizes, x)
+    dpre = x.new_empty(D, N, cell.slots, H)
+    dh = x.new_empty(D, N, P) if projected else None
+    tensors = (
+        saved,
+        out,
+        x if dout is None else dout.contiguous(),
+        h0.to(x.dtype),
+        w_hh,
+        w_hr,
+        x if dh is None else dh,
+        dpre,
+        x.new_zeros(2, D, B, G, H),
+        dh_n,
+        ds_n,
+        _offsets(batch_sizes, x),
+    )
+    for launch in _launches(
+        plan,
+        sequence.backward,
+        tensors,
+        T + 1,
+        ("product", "cell") if projected else ("both",),
+        sizes,
+        (G * H, P),
+        target,
+        CELL=CELLS[cell.mode][1],
+        GATES=G,
+        SHARED=cell.shared,
+        STATES=len(cell.states),
+        SAVED=len(cell.saved),
+        DOUT=dout is not None,
+        PACKED=batch_sizes is not None,
+    ):
+        run(launch)
+    directions = out.dim() == 3 or batch_sizes is not None
+    return dpre, _results(dh_n, ds_n, x.dtype, directions), dh

@@ -1,0 +1,164 @@
+"""``python -m fastrnn aot``: what the GPU kernels take, compiled without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from fastrnn.kernels.triton.aot import Kernel, Request
+
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+
+HEADER = (
+    "| target | cell | products | H | pass | plan | registers | spills | shared | tensor-core "
+    "instructions | worked out | problems |",
+    "|---|---|---|---:|---|---|---:|---:|---:|---:|---:|---|",
+)
+
+
+def _each(function: Callable[[_A], _B], items: list[_A], jobs: int, label: str) -> Iterator[_B]:
+    """Results in order, computed by processes of their own, with progress on a terminal."""
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn) as pool:
+        results = pool.map(function, items)
+        try:
+            from rich.console import Console
+            from rich.progress import track
+        except ImportError:
+            yield from results
+        else:
+            yield from track(results, label, len(items), console=Console(stderr=True))
+
+
+def _row(request: Request, kernel: Kernel | str) -> str:
+    H = str(request.H) if request.plan.resident else "any"
+    asked = f"{request.architecture} | {request.mode} | {request.precision} | {H} | {request.which}"
+    if isinstance(kernel, str):
+        return f"| {asked} | {request.plan} | | | | | | {kernel} |"
+    counted, expected = kernel.products
+    return (
+        f"| {asked} | {request.plan} | {kernel.registers} | {kernel.spills} | {kernel.shared} "
+        f"| {counted} | {expected} | {'; '.join(kernel.problems)} |"
+    )
+
+
+def _table(requests: list[Request], jobs: int) -> int:
+    """Print what every kernel takes; 1 if one breaks a budget."""
+    from fastrnn.kernels.triton import aot
+
+    kernels = list(_each(aot.measure_alone, requests, jobs, "compiling"))
+    print(*HEADER, sep="\n")
+    for request, kernel in zip(requests, kernels, strict=True):
+        print(_row(request, kernel))
+    broken = [k for k in kernels if isinstance(k, str) or k.problems]
+    if broken:
+        print(f"{len(broken)} of {len(kernels)} kernels break a budget", file=sys.stderr)
+    return int(bool(broken))
+
+
+def _largest(requests: list[Request], jobs: int) -> int:
+    """Print up to which H weights stay resident, by the plan of the largest that has such."""
+    from fastrnn.kernels.triton import aot
+
+    last: dict[tuple[str, ...], Request] = {}
+    for request in requests:
+        if request.plan.resident and request.plan.sync == "grid":
+            key = (request.architecture, request.mode, request.precision, request.which)
+            last[key] = request
+    found = _each(aot.largest, list(last.values()), jobs, "searching")
+    print("| target | cell | products | pass | plan | largest resident H |")
+    print("|---|---|---|---|---|---:|")
+    for asked, request, H in zip(last, last.values(), found, strict=True):
+        print(f"| {' | '.join(asked)} | {request.plan} | {H} |")
+    return 0
+
+
+def _plans(requests: list[Request], jobs: int) -> int:
+    """Print rows of ``kernels/triton/table.py`` with the first plans that hold every budget."""
+    from fastrnn.kernels.triton import aot
+    from fastrnn.kernels.triton.plans import family
+
+    found = list(_each(aot.search, requests, jobs, "searching"))
+    for k in range(0, len(found), 2):
+        request = requests[k]
+        key = (request.architecture, family(request.mode), request.precision, request.H)
+        print(f"    {key}: Plans({found[k]}, {found[k + 1]}),".replace("'", '"'))
+    return int(None in found)
+
+
+def _paper() -> int:
+    """Print what a step of a 16-bit LSTM costs an H100 at least."""
+    from fastrnn.kernels.triton.plans import BUCKETS, H100, find, launched_time, least_time
+
+    parts = ("weights", "h", "products", "barrier")
+    print(f"| H | B | plan | {' | '.join(parts)} | sum | launched |")
+    print("|---:|---:|---|" + "---:|" * (len(parts) + 2))
+    for H in BUCKETS:
+        for B in (16, 64, 256):
+            found = find("cuda:90", "LSTM", "16-bit", H)
+            assert found
+            cost = least_time(found.forward, 4, H, B, H100)
+            shown = [cost[p] for p in parts] + [sum(cost.values()), launched_time(4, H, B, H100)]
+            row = " | ".join(f"{1e6 * seconds:.2f}" for seconds in shown)
+            print(f"| {H} | {B} | {found.forward} | {row} |")
+    return 0
+
+
+def main() -> int:
+    from fastrnn.kernels.triton.plans import BUCKETS, LIMITS, MODES, program
+
+    parser = argparse.ArgumentParser("python -m fastrnn", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    aot = commands.add_parser(
+        "aot",
+        help="compile the Triton kernels of the plan table and print what they take",
+        description="Compile every Triton kernel of the plan table, with no GPU, and print "
+        "registers, spills, shared memory and tensor-core instructions. Exits with 1 if a kernel "
+        "breaks a budget of its architecture.",
+    )
+    aot.add_argument("--target", nargs="+", help="such as cuda:90 or hip:gfx942; default: all")
+    aot.add_argument("--cell", nargs="+", help=f"some of {', '.join(MODES)}; default: all")
+    aot.add_argument("--products", nargs="+", help="16-bit, tf32, ieee; default: all")
+    aot.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    aot.add_argument("--largest", action="store_true", help="search the largest resident H too")
+    aot.add_argument(
+        "--paper", action="store_true", help="print what a step costs at least instead"
+    )
+    aot.add_argument("--search", action="store_true", help="print a new plan table instead")
+    args = parser.parse_args()
+
+    try:
+        from fastrnn.kernels.triton.aot import PASSES, PRECISIONS, Request, requests
+    except ImportError as error:
+        parser.error(f"aot needs triton: {error}")
+    # RNN_RELU has RNN_TANH's plans.
+    targets, modes = args.target or list(LIMITS), args.cell or [m for m in MODES if m != "RNN_RELU"]
+    products = args.products or list(PRECISIONS)
+    for given, known in ((targets, LIMITS), (modes, MODES), (products, PRECISIONS)):
+        if unknown := set(given) - set(known):
+            parser.error(f"expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if args.paper:
+        return _paper()
+    if args.search:
+        asked = [
+            Request(target, mode, precision, H, which, program(4))
+            for target in targets
+            for mode in modes
+            for precision in products
+            if not (target.startswith("hip") and precision == "tf32")
+            for H in BUCKETS
+            for which in PASSES
+        ]
+        return _plans(asked, args.jobs)
+    show = _largest if args.largest else _table
+    return show(requests(targets, modes, products), args.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

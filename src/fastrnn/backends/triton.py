@@ -1,0 +1,213 @@
+"""The Triton backend: kernels/triton/, float32, float16 and bfloat16 on a CUDA or ROCm device.
+
+Compiled for GPUs and run in Triton's interpreter by this project, but never yet on a GPU. With
+``TRITON_INTERPRET=1`` it also runs on a CPU, slowly, if it is asked for by name.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastrnn.backends import Gradients, Sizes, State, Weights
+from fastrnn.backends.products import Recurrence, gradients, in_own_dtype
+from fastrnn.cells import Cell
+from fastrnn.kernels.triton import plans
+
+__all__ = [
+    "CHECKS",
+    "STACKS",
+    "backward",
+    "describe",
+    "empty_cache",
+    "forward",
+    "missing",
+    "refuses",
+]
+
+CHECKS = False
+STACKS = False
+
+
+def _version() -> tuple[int, ...] | None:
+    """Of triton, whose import would take long; None if no package says so."""
+    for name in ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return tuple(map(int, re.findall(r"\d+", version)[:2]))
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = _version()
+    if version is not None and version < (3, 6):
+        return f"expected triton 3.6 or newer, got {'.'.join(map(str, version))}"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "torch sees no CUDA or ROCm device"
+    return None
+
+
+@cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return f"hip:{properties.gcnArchName.split(':')[0]}"
+    return f"cuda:{properties.major}{properties.minor}"
+
+
+@cache
+def _programs_at_once(index: int) -> int:
+    """Programs of any plan that surely run at the same time: one to a processor."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _find(
+    cell: Cell, dtype: torch.dtype, device: torch.device, H: int
+) -> tuple[plans.Plans | None, str, plans.Target]:
+    """The plans of a layer, the architecture they are for, and what runs them."""
+    if device.type == "cpu":
+        # What the interpreter runs need not fit anywhere.
+        architecture, at_once = "cuda:90", 1
+    else:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        architecture, at_once = _architecture(index), _programs_at_once(index)
+    amd = architecture.startswith("hip")
+    target = plans.Target(plans.precision(dtype, amd), at_once, amd)
+    return plans.find(architecture, cell.mode, target.precision, H), architecture, target
+
+
+def refuses(
+    cell: Cell,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: Sizes | None = None,
+    automatic: bool = False,
+) -> str | None:
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        return f"expected tensors on a CUDA or ROCm device, got {device}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}"
+    most = plans.BUCKETS[-1]
+    H = sizes.hidden_size if sizes else 1
+    if most < H:
+        return f"no plan divides a layer of hidden_size {H}: expected at most {most}"
+    found, architecture, target = _find(cell, dtype, device, H)
+    if found is None:
+        if cell.mode not in plans.MODES:
+            return f"there is no kernel for the cell {cell.mode}"
+        return f"there is no plan for {architecture} and {target.precision} products"
+    if automatic and device.type == "cpu":
+        return "the interpreter is for tests"
+    if automatic and sizes is not None:
+        if sizes.one_step:
+            return "a cell of one step is two products and one kernel in torch"
+        if _cudnn_persists(cell, dtype, sizes):
+            return (
+                "cuDNN keeps the weights of such a layer on the chip: float16, one layer, one "
+                "direction, sizes that are multiples of 128, and a batch of at most 128"
+            )
+        gates, D = len(cell.gates), sizes.directions
+        ours = sum(plans.least_time(found.forward, gates, H, D * sizes.batch, plans.H100).values())
+        theirs = D * plans.launched_time(gates, H, sizes.batch, plans.H100)
+        if ours > theirs:
+            return (
+                f"on paper a step takes {1e6 * ours:.1f} µs, and one that is launched and reads "
+                f"its weights from the L2 cache {1e6 * theirs:.1f}"
+            )
+    return None
+
+
+def _cudnn_persists(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> bool:
+    """After ATen's ``use_persist_common_heuristics`` and ``use_persist_device_heuristics``."""
+    return (
+        torch.version.hip is None
+        and dtype is torch.float16
+        and cell.mode != "GRU"
+        and sizes.layers == sizes.directions == 1
+        and not sizes.packed
+        and not sizes.projected
+        and sizes.hidden_size <= 1024
+        and sizes.hidden_size % 128 == sizes.input_size % 128 == 0
+        and sizes.batch <= 128
+        and sizes.batch % 8 == 0
+    )
+
+
+def empty_cache() -> None:
+    pass
+
+
+def describe() -> str:
+    return "fused Triton" + (", interpreted" if _interpreted() else "")
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _plans(cell: Cell, x: Tensor, weights: Sequence[Weights]) -> tuple[plans.Plans, plans.Target]:
+    H = weights[0][1].shape[0] // len(cell.gates)
+    found, architecture, target = _find(cell, x.dtype, x.device, H)
+    if found is None:
+        raise RuntimeError(f"no plan for {cell.mode}, hidden_size {H}, on {architecture}")
+    return found, target
+
+
+@in_own_dtype
+def forward(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    save: bool,
+) -> tuple[Tensor, State, Tensor | None]:
+    from fastrnn.kernels.triton import launch
+
+    (plan, _), target = _plans(cell, x, weights)
+    with _on(x):
+        result: tuple[Tensor, State, Tensor | None] = launch.forward(
+            plan, target, cell, x, weights, state, batch_sizes, batch, save, launch.run
+        )
+        return result
+
+
+@in_own_dtype
+def backward(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    out: Tensor,
+    saved: Tensor,
+    dout: Tensor | None,
+    dfinal: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> Gradients:
+    from fastrnn.kernels.triton import launch
+
+    (_, plan), target = _plans(cell, x, weights)
+    layer = (cell, x, weights, state, batch_sizes, batch, out, saved)
+    with _on(x):
+        recurrence = Recurrence(*launch.backward(plan, target, *layer, dout, dfinal, launch.run))
+        return gradients(*layer, needed, recurrence)

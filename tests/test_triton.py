@@ -1,0 +1,513 @@
+"""The Triton kernels without a GPU: in Triton's interpreter, and compiled for one that is not here.
+
+conftest.py sets TRITON_INTERPRET, which holds for the kernels that a process imports; the tests of
+compiled kernels are in processes of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing import get_context
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    OPTIONS,
+    TOLERANCE,
+    Case,
+    assert_equal,
+    assert_near,
+    cover,
+    data,
+    errors,
+    evaluate,
+    ours,
+    valid,
+)
+from torch import Tensor
+
+import fastrnn
+from fastrnn.backends import Sizes
+from fastrnn.cells import CELLS
+from fastrnn.dispatch import choose, load
+
+triton = pytest.importorskip("triton", "3.6")
+tl = triton.language
+
+from fastrnn.kernels.triton import launch, plans, sequence  # noqa: E402
+from fastrnn.kernels.triton.plans import Plans, program, resident, streaming  # noqa: E402
+
+F32, F64 = torch.float32, torch.float64
+backend: Any = load("triton")
+
+# Small tiles, so that small layers have several. The interpreter runs one program after another, so
+# plans whose programs meet are launched step by step; what they keep resident stays so.
+SPLIT = {
+    "program": Plans(program(4), program(4)),
+    "resident": Plans(
+        replace(resident(16, 16, 1, 4), sync="launch"),
+        replace(resident(16, 16, 2, 4), sync="launch"),
+    ),
+    "streaming": Plans(streaming(16, 32, 2, 4), streaming(32, 16, 1, 4)),
+}
+SIZES = {"T": (1, 2, 5), "B": (1, 3, 16, 19), "I": (1, 3, 17), "H": (1, 2, 16, 17, 33)}
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Plans], None]:
+    def plan(chosen: Plans) -> None:
+        monkeypatch.setattr(plans, "find", lambda *_: chosen)
+
+    return plan
+
+
+def chosen_cases() -> list[tuple[str, Case]]:
+    factors = {"plan": tuple(SPLIT), **OPTIONS, **SIZES, "mode": plans.MODES}
+    chosen = cover(factors, valid)
+    return [(values.pop("plan"), Case(**values)) for values in chosen]
+
+
+# Numbers
+
+
+def judged(case: Case, dtype: torch.dtype, most: float) -> None:
+    """Outputs and gradients all together are as near to the reference in float64, in the norm."""
+    # A seed with which no pre-activation's sign is a matter of rounding, where relu has its corner.
+    d, module = data(case, dtype, seed=3), ours(case, dtype)
+    actual = evaluate(module, case, d, "triton")
+    expected = evaluate(module.double(), case, d.to(F64), "reference")
+    for name, result in actual.items():
+        assert result.dtype == dtype, name
+    if dtype in TOLERANCE:
+        assert_near(actual, expected, dtype)
+    ours_, theirs = (
+        torch.cat([t.double().flatten() for t in r.values()]) for r in (actual, expected)
+    )
+    error = ((ours_ - theirs).norm() / theirs.norm()).item()
+    assert error <= most, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("plan,case", chosen_cases(), ids=str)
+def test_layer(plan: str, case: Case, planned: Any) -> None:
+    planned(SPLIT[plan])
+    judged(case, F32, 1e-6)
+
+
+@pytest.mark.parametrize("dtype,most", [(torch.float16, 5e-3), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("plan", SPLIT)
+@pytest.mark.parametrize("mode", plans.MODES)
+def test_half(mode: str, plan: str, dtype: torch.dtype, most: float, planned: Any) -> None:
+    planned(SPLIT[plan])
+    judged(Case(mode, 2, 1, True, "packed", False, True, 5, 5, 7, 33), dtype, most)
+
+
+@pytest.mark.parametrize("mode", plans.MODES)
+def test_step(mode: str, planned: Any) -> None:
+    """A cell's module, and a state that is not contiguous."""
+    planned(SPLIT["streaming"])
+    cell = CELLS[mode]
+    name = {"RNN_TANH": "RNNCell", "RNN_RELU": "RNNCell"}.get(mode, f"{mode}Cell")
+    module: Any = getattr(fastrnn, name)(
+        5, 33, **({"nonlinearity": "relu"} if "RELU" in mode else {})
+    )
+    x = torch.randn(3, 5)
+    state = tuple(torch.randn(33, 3).t() for _ in cell.states)
+    hx = state if len(state) > 1 else state[0]
+    with torch.no_grad():
+        with fastrnn.use_backend("triton"):
+            actual = module(x, hx)
+        expected = module(x, hx)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_batch(planned: Any) -> None:
+    planned(SPLIT["streaming"])
+    x = torch.randn(4, 0, 3, requires_grad=True)
+    with fastrnn.use_backend("triton"):
+        output, h = fastrnn.GRU(3, 5)(x)
+    output.sum().backward()
+    assert output.shape == (4, 0, 5) and h.shape == (1, 0, 5) and x.grad is not None
+
+
+def test_backward_is_deterministic(planned: Any) -> None:
+    planned(SPLIT["streaming"])
+    case = Case("LSTM", 2, 1, True, "unsorted", True, True, 4, 19, 5, 33)
+    runs = [evaluate(ours(case, F32), case, data(case, F32), "triton") for _ in range(2)]
+    assert_equal(*runs)
+
+
+def test_activations_near_zero_and_far() -> None:
+    """tanh keeps its digits where (1 - e) / (1 + e) would lose them."""
+    x = torch.cat([torch.logspace(-7, 1.5, 200), torch.tensor([0.0, 100.0, torch.inf, torch.nan])])
+    x = torch.cat([x, -x])
+    m = fastrnn.RNNCell(1, len(x), bias=False)
+    torch.nn.init.zeros_(m.weight_hh)
+    m.weight_ih.data = x[:, None].clone()
+    with torch.no_grad(), fastrnn.use_backend("triton"):
+        y = m(torch.ones(1, 1))[0]
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=4e-7, atol=0, equal_nan=True)
+
+
+# The device-wide barrier, for real
+
+
+def _program(one: launch.Launch, x: int, y: int, wait: Any) -> None:
+    """One program of a launch, in this process."""
+    torch.set_num_threads(1)
+    builder = triton.runtime.interpreter.interpreter_builder
+    dim, idx = builder.set_grid_dim, builder.set_grid_idx
+    builder.set_grid_dim = lambda *_: dim(*one.grid, 1)
+    builder.set_grid_idx = lambda *_: idx(x, y, 0)
+    if wait is not None:
+        sequence.wait = wait
+    one.kernel[(1, 1)](*one.args, **one.constants)
+
+
+def side_by_side(wait: Any = None) -> Callable[[launch.Launch], None]:
+    """Runs a launch as a device would: one process per program, tensors in shared memory."""
+    context = get_context("fork")
+
+    def run(one: launch.Launch) -> None:
+        assert one.constants["SYNC"] == "grid"
+        for argument in one.args:
+            if isinstance(argument, Tensor):
+                argument.share_memory_()
+        team = [
+            context.Process(target=_program, args=(one, x, y, wait))
+            for x in range(one.grid[0])
+            for y in range(one.grid[1])
+        ]
+        assert len(team) > 1
+        for process in team:
+            process.start()
+        for process in team:
+            process.join(100)
+        codes = [process.exitcode for process in team]
+        for process in team:
+            process.kill()
+        assert codes == [0] * len(team), codes
+
+    return run
+
+
+@triton.jit
+def _no_wait(counter, goal, SYNC):
+    if tl.program_id(0) == 0:
+        time.sleep(0.02)
+
+
+def apart(
+    mode: str, run: Any, monkeypatch: pytest.MonkeyPatch, projected: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs and gradients of a layer in several programs, and the reference's."""
+    case = Case(mode, 2, 1, True, "packed", projected, True, 4, 3, 5, 33)
+    found = Plans(resident(16, 32, 1, 4), resident(16, 16, 2, 4))
+    monkeypatch.setattr(plans, "find", lambda *_: found)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(
+        backend, "_find", lambda *_: (found, "cuda:90", plans.Target("ieee", 100, False))
+    )
+    monkeypatch.setattr(launch, "run", run)
+    d, module = data(case, F32), ours(case, F32)
+    actual = evaluate(module, case, d, "triton")
+    return actual, evaluate(module.double(), case, d.to(F64), "reference")
+
+
+@pytest.mark.parametrize("mode,projected", [("LSTM", False), ("LSTM", True), ("GRU", False)])
+def test_programs_that_meet(mode: str, projected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_near(*apart(mode, side_by_side(), monkeypatch, projected), F32)
+
+
+def test_programs_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the barrier the results are wrong: the test above can fail."""
+    actual, expected = apart("LSTM", side_by_side(_no_wait), monkeypatch)
+    worst = max(v if v == v else torch.inf for v in errors(actual, expected).values())
+    assert worst > 1e-3
+
+
+def test_waves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More groups than fit at once run one after another, and more programs step by step."""
+    case = Case("GRU", 2, 1, True, "dense", False, True, 3, 40, 5, 33)
+    found = Plans(resident(16, 32, 1, 4), resident(16, 16, 2, 4))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    for at_once, grids in ((3, {(3, 1)}), (7, {(3, 2)}), (100, {(3, 6)}), (2, {(3, 6)})):
+        seen: list[launch.Launch] = []
+
+        def run(one: launch.Launch, seen: list[launch.Launch] = seen) -> None:
+            seen.append(one)
+
+        monkeypatch.setattr(
+            backend,
+            "_find",
+            lambda *_, n=at_once: (found, "cuda:90", plans.Target("ieee", n, False)),
+        )
+        monkeypatch.setattr(launch, "run", run)
+        evaluate(ours(case, F32), case, data(case, F32), "triton")
+        assert {one.grid for one in seen} == grids
+        forward = [one for one in seen if one.kernel is sequence.forward]
+        groups = [(one.args[-9], one.grid[1]) for one in forward]
+        if at_once == 2:
+            assert len(forward) == case.T and {k.constants["SYNC"] for k in seen} == {"launch"}
+        else:
+            assert [g for first, n in groups for g in range(first, first + n)] == list(range(6))
+            assert {k.constants["launch_cooperative_grid"] for k in seen} == {True}
+
+
+# Choice
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if there were one, as far as the choice of a backend goes."""
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    cached = (backend._architecture, backend._programs_at_once)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+CUDA = torch.device("cuda")
+SMALL = Sizes(layers=1, directions=1, batch=32, input_size=128, hidden_size=256)
+
+
+def test_choice_on_a_gpu(a_gpu: None) -> None:
+    def name(mode: str = "LSTM", dtype: torch.dtype = F32, **sizes: Any) -> tuple[str, str]:
+        choice = choose(CELLS[mode], dtype, CUDA, sizes=SMALL._replace(**sizes))
+        return choice.backend, choice.rejected.get("triton", "")
+
+    for mode in plans.MODES:
+        for dtype in (F32, torch.bfloat16):
+            assert name(mode, dtype) == ("triton", "")
+    half = torch.float16
+    for dtype, sizes, why in (
+        (F64, {}, "got torch.float64"),
+        (F32, {"hidden_size": 2049}, "no plan divides a layer of hidden_size 2049"),
+        (F32, {"one_step": True}, "a cell of one step"),
+        (half, {}, "cuDNN keeps the weights"),
+        (F32, {"batch": 256, "hidden_size": 1024}, "on paper a step takes"),
+    ):
+        backend_, reason = name(dtype=dtype, **sizes)
+        assert backend_ == "torch" and why in reason
+    for sizes in (
+        {"layers": 2},
+        {"directions": 2},
+        {"batch": 136, "hidden_size": 128},
+        {"batch": 33},
+        {"hidden_size": 250},
+        {"input_size": 100},
+        {"packed": True},
+        {"projected": True},
+    ):
+        assert name(dtype=half, **sizes)[0] == "triton"
+    assert name("GRU", half)[0] == "triton"
+    assert choose(CELLS["LSTM"], half, CUDA, "triton", SMALL).backend == "triton"
+
+
+def test_choice_on_a_gpu_of_another_kind(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_architecture", lambda _: "cuda:75")
+    choice = choose(CELLS["LSTM"], F32, CUDA, sizes=SMALL)
+    assert choice.backend == "torch"
+    assert choice.rejected["triton"].startswith("there is no plan for cuda:75")
+    with pytest.raises(fastrnn.BackendError, match="no plan for cuda:75"):
+        choose(CELLS["LSTM"], F32, CUDA, "triton", SMALL)
+
+
+def test_choice_without_triton(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    choice = choose(CELLS["GRU"], F32, CUDA, sizes=SMALL)
+    assert choice.backend == "torch"
+    assert choice.rejected["triton"] == "triton is not installed"
+
+
+def test_choice_with_an_old_triton(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.2.0")
+    choice = choose(CELLS["GRU"], F32, CUDA, sizes=SMALL)
+    assert choice.backend == "torch"
+    assert choice.rejected["triton"] == "expected triton 3.6 or newer, got 3.2"
+
+
+def test_final_states_may_be_edited(planned: Any) -> None:
+    planned(SPLIT["streaming"])
+    with fastrnn.use_backend("triton"):
+        _, states = fastrnn.LSTM(3, 5)(torch.randn(4, 2, 3))
+    for state in states:
+        state.detach_().add_(1)
+
+
+def test_nobody_gets_the_interpreter_unasked() -> None:
+    choice = choose(CELLS["GRU"], torch.bfloat16, torch.device("cpu"))
+    assert choice.backend == "torch" and "triton" in choice.rejected
+
+
+def test_precision_is_that_of_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plans.precision(F32, hip=True) == "ieee"
+    assert plans.precision(torch.bfloat16, hip=False) == "16-bit"
+    rnn = getattr(torch.backends.cudnn, "rnn", None)
+    if rnn is None:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            assert plans.precision(F32, hip=False) == "ieee"
+        with torch.backends.cudnn.flags(allow_tf32=True):
+            assert plans.precision(F32, hip=False) == "tf32"
+        return
+    before = rnn.fp32_precision
+    try:
+        for setting, products in (("tf32", "tf32"), ("ieee", "ieee")):
+            rnn.fp32_precision = setting
+            assert plans.precision(F32, hip=False) == products
+    finally:
+        rnn.fp32_precision = before
+
+
+def test_every_size_has_a_plan() -> None:
+    for architecture in plans.LIMITS:
+        for mode in plans.MODES:
+            for products in ("16-bit", "ieee") + ("tf32",) * architecture.startswith("cuda"):
+                for H in (1, 64, 65, 1000, 2048):
+                    assert plans.find(architecture, mode, products, H), (architecture, mode, H)
+                assert plans.find(architecture, mode, products, 2049) is None
+
+
+# Compiled for GPUs
+
+
+def compiling(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in another process, in which triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, *(["-c", textwrap.dedent(code)] if code else []), *arguments]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=110, check=False
+    )
+
+
+SETUP = """
+    from dataclasses import replace
+    from fastrnn.kernels.triton import aot, plans, sequence
+    from fastrnn.kernels.triton.aot import Request, measure
+    from fastrnn.kernels.triton.plans import program, resident, streaming
+    def problems(*request):
+        return "; ".join(measure(Request(*request)).problems)
+"""
+
+
+ASKED = ("--target", "cuda:90", "--cell", "RNN_TANH", "--products", "16-bit")
+
+
+def test_aot_prints_the_table() -> None:
+    run = compiling("", "-m", "fastrnn", "aot", *ASKED)
+    assert run.returncode == 0, run.stdout + run.stderr
+    header, line, *rows = run.stdout.splitlines()
+    assert {"registers", "spills", "shared"} <= {c.strip() for c in header.split("|")}
+    assert len(rows) >= 12 and all(row.startswith("| cuda:90 | RNN_TANH |") for row in rows)
+    assert any("program" in row for row in rows) and any("resident" in row for row in rows)
+
+
+def test_aot_refuses_what_it_does_not_know() -> None:
+    run = compiling("", "-m", "fastrnn", "aot", "--target", "cuda:1")
+    assert run.returncode == 2 and "expected some of cuda:80" in run.stderr
+
+
+def test_options_compile() -> None:
+    """What the table does not vary: packed, projected, two directions, float16."""
+    code = f"""{SETUP}
+    for which in ("forward", "backward"):
+        for options in ("projected", "packed"), ("bidirectional", "fp16"):
+            for H in (64, 256):
+                plan = getattr(plans.find("cuda:90", "LSTM", "16-bit", H), which)
+                kernel = measure(
+                    Request("cuda:90", "LSTM", "16-bit", H, which, plan, frozenset(options))
+                )
+                # A projection of few columns has nothing for some of eight warps.
+                problems = [p for p in kernel.problems if "tensor-core" not in p]
+                assert not problems, (which, options, H, kernel)
+    """
+    run = compiling(code)
+    assert run.returncode == 0, run.stderr
+
+
+def test_budgets_can_break() -> None:
+    """Shared memory, spills, and loads of weights inside the loop over time, each once too much."""
+    code = f"""{SETUP}
+    print(problems("cuda:90", "LSTM", "16-bit", 2048, "forward", resident(16, 64, 1, 4)))
+    print(problems("cuda:90", "LSTM", "16-bit", 2048, "forward", streaming(16, 64, 1, 4)))
+    print(problems("cuda:90", "LSTM", "ieee", 64, "forward", program(8)))
+    request = Request("cuda:90", "GRU", "16-bit", 256, "forward", streaming(16, 64, 1, 4))
+    (one, made), = aot.compiled(request)
+    one.constants["RESIDENT"] = True
+    print("; ".join(aot._measure(request, one, made).problems))
+    """
+    run = compiling(code)
+    assert run.returncode == 0, run.stderr
+    shared, programs, spills, inside = run.stdout.splitlines()
+    assert "128 programs that wait for each other, on 114 processors" in programs
+    assert re.search(r"\d+ bytes of shared memory, of 232448", shared)
+    assert re.search(r"spills \d+ bytes", spills)
+    assert "loads of resident weights inside the loop" in inside
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize(
+    "without,lacking",
+    [
+        ('sem="release"', "a release"),
+        ('sem="acquire"', "an acquire"),
+        ("debug_barrier()", "a barrier of the program"),
+    ],
+)
+def test_a_barrier_without_its_order_is_found(
+    target: str, without: str, lacking: str, tmp_path: Any
+) -> None:
+    """The interpreter cannot see that memory order is missing; the compiled code shows it."""
+    (tmp_path / "mutant.py").write_text(
+        textwrap.dedent(
+            """
+            import triton
+            import triton.language as tl
+
+            @triton.jit
+            def arrive(counter, SYNC: tl.constexpr):
+                if SYNC == "grid":
+                    tl.debug_barrier()
+                    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+            @triton.jit
+            def wait(counter, goal, SYNC: tl.constexpr):
+                if SYNC == "grid":
+                    arrived = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+                    while arrived < goal:
+                        arrived = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+                    tl.debug_barrier()
+            """
+        ).replace(
+            *((without, 'sem="relaxed"') if "sem" in without else (without, "static_assert(True)"))
+        )
+    )
+    code = f"""{SETUP}
+    import sys
+    sys.path.insert(0, {str(tmp_path)!r})
+    request = ({target!r}, "LSTM", "16-bit", 128, "forward", resident(16, 32, 1, 4))
+    print(problems(*request))
+    import mutant
+    sequence.arrive, sequence.wait = mutant.arrive, mutant.wait
+    sequence.forward.hash = None
+    sequence.forward.device_caches.clear()
+    print(problems(*request))
+    """
+    run = compiling(code)
+    assert run.returncode == 0, run.stderr
+    whole, mutant = run.stdout.splitlines() if run.stdout.strip() else ("", "")
+    assert "barrier" not in whole
+    assert f"the barrier lacks {lacking}" in mutant
