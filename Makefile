@@ -1,8 +1,10 @@
-# The environment is made once. VENV=, PYTHON=, TORCH= and CXX= choose another, for example
+# The environment is made once. VENV=, PYTHON=, TORCH=, TRITON= and CXX= choose another, for example
 #   make test VENV=.venv-old TORCH='torch==2.6.0 --index-url https://download.pytorch.org/whl/cpu'
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# With which the plan table was chosen; other versions from 3.6 on compile other code.
+TRITON ?= triton==3.7.1
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip install -qq
@@ -78,6 +80,7 @@ wheel: $(VENV)/.dev ## build the sdist and from it the wheel, and test that in a
 	$(bin)/python -m venv build/wheel
 	build/wheel/bin/python -m pip install -qq --upgrade pip
 	build/wheel/bin/python -m pip install -qq $(TORCH)
+	build/wheel/bin/python -m pip install -qq $(TRITON)
 	build/wheel/bin/python -m pip install -qq "$$(echo dist/*.whl)[test]"
 	cd build/wheel && bin/python -c "import torch, fastrnn, fastrnn._cpp as cpp, fastrnn.kernels as \
 	kernels; assert all('site-packages' in m.__file__ for m in (fastrnn, cpp, kernels))"
@@ -93,6 +96,7 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(pip) --upgrade pip
 	$(pip) $(TORCH)
+	$(pip) $(TRITON)
 	$(pip) --upgrade 'setuptools>=77' 'pybind11>=2.12'
 	@touch $@
 
