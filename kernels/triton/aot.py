@@ -41,8 +41,6 @@ from fastrnn.kernels.triton.plans import (
 
 PRECISIONS = {"16-bit": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 PASSES = ("forward", "backward")
-# The smallest device of each has so many processors.
-PROCESSORS = {"cuda:80": 108, "cuda:90": 114, "cuda:100": 132, "hip:gfx942": 228}
 
 
 @dataclass(frozen=True)
@@ -184,10 +182,9 @@ def _measure(request: Request, one: launch.Launch, made: Any) -> Kernel:
     threads = one.constants["num_warps"] * (limits.warp if limits else 32)
     if limits and registers * threads > limits.registers:
         problems.append(f"{registers * threads} registers, of {limits.registers}")
-    processors = PROCESSORS.get(request.architecture)
-    if one.constants["SYNC"] == "grid" and processors and one.grid[0] > processors:
+    if limits and one.constants["SYNC"] == "grid" and one.grid[0] > limits.processors:
         problems.append(
-            f"{one.grid[0]} programs that wait for each other, on {processors} processors"
+            f"{one.grid[0]} programs that wait for each other, on {limits.processors} processors"
         )
     if products[0] != products[1]:
         problems.append(f"{products[0]} tensor-core instructions a step, not {products[1]}")

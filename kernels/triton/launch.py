@@ -41,7 +41,7 @@ INTERPRETED = isinstance(sequence.forward, InterpretedFunction)
 """Whether the kernels were defined under TRITON_INTERPRET=1."""
 
 
-class Sizes(NamedTuple):
+class Numbers(NamedTuple):
     """What the kernels take as numbers, in their order."""
 
     T: int
@@ -54,10 +54,10 @@ class Sizes(NamedTuple):
 
 def _sizes(
     cell: Cell, x: Tensor, weights: Sequence[Weights], batch_sizes: Tensor | None, batch: int
-) -> Sizes:
+) -> Numbers:
     H, P = weights[0][1].shape[0] // len(cell.gates), weights[0][1].shape[1]
     T = len(batch_sizes) if batch_sizes is not None else x.shape[0] if x.dim() == 3 else 1
-    return Sizes(T, x.shape[:-1].numel(), batch, H, P, len(weights))
+    return Numbers(T, x.shape[:-1].numel(), batch, H, P, len(weights))
 
 
 def _by_unit(cell: Cell, w: Tensor, part: str) -> Tensor:
@@ -71,7 +71,7 @@ def _by_unit(cell: Cell, w: Tensor, part: str) -> Tensor:
 
 
 def _running(
-    cell: Cell, given: Sequence[Tensor | None] | None, sizes: Sizes, like: Tensor
+    cell: Cell, given: Sequence[Tensor | None] | None, sizes: Numbers, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """h ``[D, B, P]`` and the other states ``[STATES - 1, D, B, H]`` in float32; None is zero."""
     _, _, B, H, P, D = sizes
@@ -108,7 +108,7 @@ def _launches(
     tensors: Sequence[Tensor],
     turns: int,
     parts: tuple[str, ...],
-    sizes: Sizes,
+    sizes: Numbers,
     depths: tuple[int, int],
     target: Target,
     **constants: Any,

@@ -106,20 +106,23 @@ class Limits(NamedTuple):
         shared: bytes of shared memory.
         registers: of 32 bits, of all threads of a program together.
         warp: threads of a warp.
+        processors: that a plan of the table may count on. A device with fewer, whole or a part of
+            one, gets a launch for each step where that is too few.
     """
 
     shared: int
     registers: int
     warp: int
+    processors: int
 
 
 # Of the CUDA programming guide's table of compute capabilities, and of the CDNA3 instruction set:
 # four SIMDs of 512 registers times 64 lanes.
 LIMITS = {
-    "cuda:80": Limits(163 << 10, 64 << 10, 32),
-    "cuda:90": Limits(227 << 10, 64 << 10, 32),
-    "cuda:100": Limits(227 << 10, 64 << 10, 32),
-    "hip:gfx942": Limits(64 << 10, 128 << 10, 64),
+    "cuda:80": Limits(163 << 10, 64 << 10, 32, 108),
+    "cuda:90": Limits(227 << 10, 64 << 10, 32, 114),
+    "cuda:100": Limits(227 << 10, 64 << 10, 32, 132),
+    "hip:gfx942": Limits(64 << 10, 128 << 10, 64, 228),
 }
 
 BUCKETS = (64, 128, 256, 512, 1024, 2048)
