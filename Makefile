@@ -15,7 +15,7 @@ extension := build/extension-$(notdir $(VENV))
 selftest := build/selftest-$(notdir $(lastword $(CXX)))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test heavy test-isa aot bench readme bench-loaded bench-compare lint sanitize fuzz wheel clean
+.PHONY: help demo test heavy test-isa test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ heavy: $(VENV)/.dev ## run the heavy tests
 test-isa: $(VENV)/.dev ## run the engine's tests with only part of the processor's instruction set
 	ATEN_CPU_CAPABILITY=avx2 $(pytest) -n 2 -m "isa and not heavy" tests
 	ATEN_CPU_CAPABILITY=default $(pytest) -n 2 -m "isa and not heavy" tests
+
+test-gpu: $(VENV)/.dev ## run the tests of the Triton kernels on this machine's GPU
+	FASTRNN_TEST_GPU=1 $(pytest) tests/test_gpu.py
 
 aot: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and check what they take
 	$(bin)/python -m fastrnn aot

@@ -223,7 +223,7 @@ def theirs(case: Case, dtype: torch.dtype, seed: int = 1) -> nn.RNNBase:
 
 @dataclass(frozen=True)
 class Data:
-    """Input, initial state and cotangents of a case, all of one dtype.
+    """Input, initial state and cotangents of a case, all of one dtype and on one device.
 
     Attributes:
         x: ``[T, B, I]``, whatever the layout.
@@ -237,12 +237,14 @@ class Data:
     hx: tuple[Tensor, ...] | None
     cotangents: tuple[Tensor, ...]
 
-    def to(self, dtype: torch.dtype) -> Data:
+    def to(self, where: torch.dtype | str) -> Data:
+        """As another dtype, or on another device."""
+
         def all_to(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(t.to(dtype) for t in tensors)
+            return tuple(t.to(where) for t in tensors)
 
         hx = None if self.hx is None else all_to(self.hx)
-        return replace(self, x=self.x.to(dtype), hx=hx, cotangents=all_to(self.cotangents))
+        return replace(self, x=self.x.to(where), hx=hx, cotangents=all_to(self.cotangents))
 
 
 def data(case: Case, dtype: torch.dtype, seed: int = 2) -> Data:
@@ -332,7 +334,27 @@ def assert_near(actual: Results, expected: Results, dtype: torch.dtype) -> None:
 def errors(actual: Results, exact: Results) -> dict[str, float]:
     """Of each result the error in the norm, relative to ``exact``."""
     assert actual.keys() == exact.keys()
-    return {n: ((actual[n].double() - e).norm() / e.norm()).item() for n, e in exact.items()}
+    least = torch.finfo(torch.float64).tiny
+    return {
+        n: ((actual[n].double() - e).norm() / e.norm().clamp(min=least)).item()
+        for n, e in exact.items()
+    }
+
+
+def assert_near_in_norm(actual: Results, exact: Results, most: float) -> None:
+    """No result's error in the norm is more than ``most``.
+
+    Of an output it is relative to the output, of a gradient to what is larger: the gradient, or a
+    tensor of its size with the mean square of all gradients, since a sum may cancel.
+    """
+    gradients = [e.flatten() for n, e in exact.items() if n.startswith("grad")]
+    mean = torch.cat(gradients).square().mean().sqrt().item()
+    for name, error in errors(actual, exact).items():
+        e = exact[name]
+        scale = e.norm().item()
+        if name.startswith("grad") and scale < mean * e.numel() ** 0.5:
+            error *= scale / (mean * e.numel() ** 0.5)
+        assert error <= most, f"{name}: {error:.1e}"
 
 
 def assert_as_accurate(

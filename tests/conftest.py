@@ -13,8 +13,11 @@ pytest.register_assert_rewrite("cases")
 
 
 def pytest_configure() -> None:
-    # The Triton kernels that this process imports run in the interpreter, without a GPU.
-    os.environ["TRITON_INTERPRET"] = "1"
+    if os.environ.get("FASTRNN_TEST_GPU") == "1":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products
+    else:
+        # The Triton kernels that this process imports run in the interpreter, without a GPU.
+        os.environ["TRITON_INTERPRET"] = "1"
     # With both of these torch fills every torch.empty with NaN (integers: their largest value), so
     # an element that nobody wrote fails the test that reads it. The engine's own scratch memory is
     # not torch's: it is poisoned by a switch of its own.

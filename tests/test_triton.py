@@ -6,13 +6,14 @@ compiled kernels are in processes of their own.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from cases import (
     Case,
     assert_equal,
     assert_near,
+    assert_near_in_norm,
     cover,
     data,
     errors,
@@ -43,6 +45,7 @@ from fastrnn.dispatch import choose, load
 triton = pytest.importorskip("triton", "3.6")
 tl = triton.language
 
+from fastrnn.kernels.padding import Numbers  # noqa: E402
 from fastrnn.kernels.triton import launch, plans, sequence  # noqa: E402
 from fastrnn.kernels.triton.plans import Plans, program, resident, streaming  # noqa: E402
 
@@ -55,11 +58,13 @@ SPLIT = {
     "program": Plans(program(4), program(4)),
     "resident": Plans(
         replace(resident(16, 16, 1, 4), sync="launch"),
-        replace(resident(16, 16, 2, 4), sync="launch"),
+        replace(resident(32, 16, 2, 4), sync="launch"),
     ),
-    "streaming": Plans(streaming(16, 32, 2, 4), streaming(32, 16, 1, 4)),
+    "streaming": Plans(streaming(32, 32, 2, 4), streaming(16, 16, 1, 4)),
 }
 SIZES = {"T": (1, 2, 5), "B": (1, 3, 16, 19), "I": (1, 3, 17), "H": (1, 2, 16, 17, 33)}
+# How far every result may be from the reference in float64, in the norm.
+MOST = {F32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture
@@ -70,44 +75,48 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Plans], None]:
     return plan
 
 
-def chosen_cases() -> list[tuple[str, Case]]:
-    factors = {"plan": tuple(SPLIT), **OPTIONS, **SIZES, "mode": plans.MODES}
-    chosen = cover(factors, valid)
-    return [(values.pop("plan"), Case(**values)) for values in chosen]
+def chosen_cases() -> list[tuple[str, torch.dtype, Case]]:
+    factors = {"plan": tuple(SPLIT), "dtype": tuple(MOST), **OPTIONS, **SIZES, "mode": plans.MODES}
+
+    def judgeable(values: Mapping[str, Any]) -> bool:
+        # In 16 bits a gradient of a single number may cancel, and relu's sign may be another.
+        hard = values.get("H", 2) == 1 or values.get("mode") == "RNN_RELU"
+        return valid(values) and not (hard and values.get("dtype", F32) != F32)
+
+    chosen = cover(factors, judgeable)
+    return [(values.pop("plan"), values.pop("dtype"), Case(**values)) for values in chosen]
 
 
 # Numbers
 
 
-def judged(case: Case, dtype: torch.dtype, most: float) -> None:
-    """Outputs and gradients all together are as near to the reference in float64, in the norm."""
-    # A seed with which no pre-activation's sign is a matter of rounding, where relu has its corner.
-    d, module = data(case, dtype, seed=3), ours(case, dtype)
+@pytest.mark.parametrize("plan,dtype,case", chosen_cases(), ids=str)
+def test_layer(plan: str, dtype: torch.dtype, case: Case, planned: Any) -> None:
+    planned(SPLIT[plan])
+    d, module = data(case, dtype), ours(case, dtype)
     actual = evaluate(module, case, d, "triton")
     expected = evaluate(module.double(), case, d.to(F64), "reference")
     for name, result in actual.items():
         assert result.dtype == dtype, name
     if dtype in TOLERANCE:
         assert_near(actual, expected, dtype)
-    ours_, theirs = (
-        torch.cat([t.double().flatten() for t in r.values()]) for r in (actual, expected)
-    )
-    error = ((ours_ - theirs).norm() / theirs.norm()).item()
-    assert error <= most, f"{error:.1e}"
+    assert_near_in_norm(actual, expected, MOST[dtype])
 
 
-@pytest.mark.parametrize("plan,case", chosen_cases(), ids=str)
-def test_layer(plan: str, case: Case, planned: Any) -> None:
-    planned(SPLIT[plan])
-    judged(case, F32, 1e-6)
-
-
-@pytest.mark.parametrize("dtype,most", [(torch.float16, 5e-3), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("plan", SPLIT)
-@pytest.mark.parametrize("mode", plans.MODES)
-def test_half(mode: str, plan: str, dtype: torch.dtype, most: float, planned: Any) -> None:
+def test_relu_in_16_bits(plan: str, dtype: torch.dtype, planned: Any) -> None:
+    """From a state and weights that leave no pre-activation near zero, whose sign could differ."""
     planned(SPLIT[plan])
-    judged(Case(mode, 2, 1, True, "packed", False, True, 5, 5, 7, 33), dtype, most)
+    case = Case("RNN_RELU", 2, 1, True, "packed", False, True, 5, 5, 7, 33)
+    d, module = data(case, dtype), ours(case, dtype)
+    for name, p in module.named_parameters():
+        sign = torch.arange(len(p)).remainder(3).sub(1).sign() + 0.5
+        p.data.copy_(sign * 2.0 if "bias_ih" in name else p / 8)
+    actual = evaluate(module, case, d, "triton")
+    expected = evaluate(module.double(), case, d.to(F64), "reference")
+    assert 0.2 < (expected["output"] > 0).double().mean() < 0.8
+    assert_near_in_norm(actual, expected, MOST[dtype])
 
 
 @pytest.mark.parametrize("mode", plans.MODES)
@@ -155,6 +164,21 @@ def test_activations_near_zero_and_far() -> None:
     with torch.no_grad(), fastrnn.use_backend("triton"):
         y = m(torch.ones(1, 1))[0]
     torch.testing.assert_close(y.double(), x.double().tanh(), rtol=4e-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("plan", SPLIT)
+@pytest.mark.parametrize("projected", [False, True])
+def test_infinite_inputs_at_odd_sizes(plan: str, projected: bool, planned: Any) -> None:
+    """An infinite number times a weight that is not there is nothing."""
+    planned(SPLIT[plan])
+    module = fastrnn.LSTM(3, 17, proj_size=5 if projected else 0)
+    x = torch.randn(4, 3, 3)
+    x[1, 0, 0], x[2, 2, 1] = torch.inf, -torch.inf
+    with torch.no_grad():
+        expected, _ = module(x)
+        with fastrnn.use_backend("triton"):
+            actual, _ = module(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 # The device-wide barrier, for real
@@ -254,7 +278,8 @@ def test_waves(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate(ours(case, F32), case, data(case, F32), "triton")
         assert {one.grid for one in seen} == grids
         forward = [one for one in seen if one.kernel is sequence.forward]
-        groups = [(one.args[-9], one.grid[1]) for one in forward]
+        first_group = -3 - len(Numbers._fields)
+        groups = [(one.args[first_group], one.grid[1]) for one in forward]
         if at_once == 2:
             assert len(forward) == case.T and {k.constants["SYNC"] for k in seen} == {"launch"}
         else:
@@ -394,6 +419,7 @@ def compiling(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 SETUP = """
+    import types
     from dataclasses import replace
     from fastrnn.kernels.triton import aot, plans, sequence
     from fastrnn.kernels.triton.aot import Request, measure
@@ -423,93 +449,102 @@ def test_aot_refuses_what_it_does_not_know() -> None:
 
 
 def test_options_compile() -> None:
-    """What the table does not vary: packed, projected, two directions, float16."""
+    """What makes other kernels of a plan; whether these spill is for `aot --options` to say."""
     code = f"""{SETUP}
-    for which in ("forward", "backward"):
-        for options in ("projected", "packed"), ("bidirectional", "fp16"):
-            for H in (64, 256):
-                plan = getattr(plans.find("cuda:90", "LSTM", "16-bit", H), which)
-                kernel = measure(
-                    Request("cuda:90", "LSTM", "16-bit", H, which, plan, frozenset(options))
-                )
-                # A projection of few columns has nothing for some of eight warps.
-                problems = [p for p in kernel.problems if "tensor-core" not in p]
-                assert not problems, (which, options, H, kernel)
+    for which in aot.PASSES:
+        for options in ("packed", "projected", "odd"), ("inference", "float16"):
+            for plan in program(8), resident(16, 32, 4, 4), streaming(16, 32, 4, 4).apart():
+                H = 64 if plan.sync == "program" else 128
+                asked = Request("cuda:90", "LSTM", "16-bit", H, which, plan, frozenset(options))
+                problems = [p for p in measure(asked).problems if "spills" not in p]
+                # A projection of few columns has nothing for some of the warps.
+                assert not [p for p in problems if "tensor-core" not in p], (asked, problems)
     """
     run = compiling(code)
     assert run.returncode == 0, run.stderr
 
 
 def test_budgets_can_break() -> None:
-    """Shared memory, spills, and loads of weights inside the loop over time, each once too much."""
+    """Every budget, each once not kept."""
     code = f"""{SETUP}
     print(problems("cuda:90", "LSTM", "16-bit", 2048, "forward", resident(16, 64, 1, 4)))
     print(problems("cuda:90", "LSTM", "16-bit", 2048, "forward", streaming(16, 64, 1, 4)))
     print(problems("cuda:90", "LSTM", "ieee", 64, "forward", program(8)))
     request = Request("cuda:90", "GRU", "16-bit", 256, "forward", streaming(16, 64, 1, 4))
     (one, made), = aot.compiled(request)
-    one.constants["RESIDENT"] = True
-    print("; ".join(aot._measure(request, one, made).problems))
+    def seen(**changed):
+        other = one._replace(constants=one.constants | changed)
+        print("; ".join(aot._measure(request, other, made).problems))
+    seen()
+    seen(RESIDENT=True)
+    seen(BB=32)
+    seen(num_warps=16)
+    lines = aot._lines_of
+    aot._lines_of = lambda _: (0, 0)
+    seen()
+    aot._lines_of = lines
+    begin = aot._time_loop(made.asm["ttgir"])[0]
+    text = made.asm["ttgir"]
+    text = text[:begin] + "    scf.for async_copy\\n    }}\\n" + text[begin:]
+    made = types.SimpleNamespace(asm=dict(made.asm) | {{"ttgir": text}}, metadata=made.metadata)
+    seen(RESIDENT=True)
     """
     run = compiling(code)
     assert run.returncode == 0, run.stderr
-    shared, programs, spills, inside = run.stdout.splitlines()
+    shared, programs, spills, none, inside, count, registers, lost, ahead = run.stdout.splitlines()
     assert "128 programs that wait for each other, on 114 processors" in programs
     assert re.search(r"\d+ bytes of shared memory, of 232448", shared)
     assert re.search(r"spills \d+ bytes", spills)
+    assert none == ""
     assert "loads of resident weights inside the loop" in inside
+    assert "tensor-core instructions a step, not" in count
+    assert re.search(r"\d+ registers, of 65536", registers)
+    assert "no load of weights" in lost
+    assert "read ahead" in ahead
 
 
+# What keeps the barrier's order: where it stands in sequence.py, what it is made there, and what
+# the compiled code is then said to lack.
+ORDER = {
+    "release": ('sem="release"', 'sem="relaxed"', "the barrier lacks a release"),
+    "acquire": ('sem="acquire"', 'sem="relaxed"', "the barrier lacks an acquire"),
+    "before": (
+        "        tl.debug_barrier()\n        tl.atomic_add",
+        "        tl.atomic_add",
+        "the barrier lacks a barrier of the program before it",
+    ),
+    "after": (
+        "heard of all others.\n        tl.debug_barrier()",
+        "heard of all others.",
+        "the barrier lacks a barrier of the program after it",
+    ),
+    "stores": ("if is_hip():", "if False:", "the barrier lacks a wait for stores"),
+}
+
+
+@pytest.mark.parametrize("site", ORDER)
 @pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
-@pytest.mark.parametrize(
-    "without,lacking",
-    [
-        ('sem="release"', "a release"),
-        ('sem="acquire"', "an acquire"),
-        ("debug_barrier()", "a barrier of the program"),
-    ],
-)
-def test_a_barrier_without_its_order_is_found(
-    target: str, without: str, lacking: str, tmp_path: Any
-) -> None:
+def test_missing_order_is_found(target: str, site: str, tmp_path: Any) -> None:
     """The interpreter cannot see that memory order is missing; the compiled code shows it."""
-    (tmp_path / "mutant.py").write_text(
-        textwrap.dedent(
-            """
-            import triton
-            import triton.language as tl
-
-            @triton.jit
-            def arrive(counter, SYNC: tl.constexpr):
-                if SYNC == "grid":
-                    tl.debug_barrier()
-                    tl.atomic_add(counter, 1, sem="release", scope="gpu")
-
-            @triton.jit
-            def wait(counter, goal, SYNC: tl.constexpr):
-                if SYNC == "grid":
-                    arrived = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-                    while arrived < goal:
-                        arrived = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-                    tl.debug_barrier()
-            """
-        ).replace(
-            *((without, 'sem="relaxed"') if "sem" in without else (without, "static_assert(True)"))
-        )
-    )
+    if (target, site) == ("cuda:90", "stores"):
+        pytest.skip("not needed there")
+    here, instead, lacking = ORDER[site]
+    source = inspect.getsource(sequence)
+    assert here in source
+    (tmp_path / "mutant.py").write_text(source.replace(here, instead))
     code = f"""{SETUP}
     import sys
     sys.path.insert(0, {str(tmp_path)!r})
-    request = ({target!r}, "LSTM", "16-bit", 128, "forward", resident(16, 32, 1, 4))
-    print(problems(*request))
     import mutant
-    sequence.arrive, sequence.wait = mutant.arrive, mutant.wait
-    sequence.forward.hash = None
-    sequence.forward.device_caches.clear()
-    print(problems(*request))
+    from fastrnn.kernels.triton import launch
+    request = ({target!r}, "LSTM", "16-bit", 128)
+    for each in sequence, mutant:
+        launch.sequence = aot.sequence = each
+        for which, split in ("forward", 1), ("backward", 4):
+            print(problems(*request, which, resident(16, 32, split, 4)))
     """
     run = compiling(code)
     assert run.returncode == 0, run.stderr
-    whole, mutant = run.stdout.splitlines() if run.stdout.strip() else ("", "")
-    assert "barrier" not in whole
-    assert f"the barrier lacks {lacking}" in mutant
+    whole, whole_reverse, mutant, mutant_reverse = run.stdout.splitlines()
+    assert whole == whole_reverse == ""
+    assert lacking in mutant and lacking in mutant_reverse

@@ -42,13 +42,16 @@ from fastrnn.kernels.triton.plans import (
 PRECISIONS = {"16-bit": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 PASSES = ("forward", "backward")
 
+OPTIONS = ("inference", "packed", "projected", "odd", "float16")
+"""What makes other kernels of a plan: "odd" is an H that is no multiple of 16."""
+
 
 @dataclass(frozen=True)
 class Request:
     """A kernel of a plan.
 
     Attributes:
-        options: of "projected", "packed", "bidirectional", "fp16".
+        options: of OPTIONS.
     """
 
     architecture: str
@@ -115,11 +118,10 @@ def compiled(request: Request) -> list[tuple[launch.Launch, Any]]:
             made = one.kernel.warmup(*one.args, grid=one.grid, **one.constants)
             kernels[part] = (one, made)
 
-    cell, H = request.cell, request.H
-    dtype = torch.float16 if "fp16" in request.options else PRECISIONS[request.precision]
+    cell, H = request.cell, request.H - ("odd" in request.options)
+    dtype = torch.float16 if "float16" in request.options else PRECISIONS[request.precision]
     projected = "projected" in request.options
-    D = 1 + ("bidirectional" in request.options)
-    T, B, G, P = 3, 16, len(cell.gates), H // 2 if projected else H
+    T, B, D, G, P = 3, 16, 1, len(cell.gates), H // 2 if projected else H
 
     def some(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -132,7 +134,6 @@ def compiled(request: Request) -> list[tuple[launch.Launch, Any]]:
             some(G * H),
             some(P, H) if projected else None,
         )
-        for _ in range(D)
     ]
     packed = "packed" in request.options
     x = some(T * B, H) if packed else some(T, B, H)
@@ -142,7 +143,7 @@ def compiled(request: Request) -> list[tuple[launch.Launch, Any]]:
     how = (request.plan, target)
     what = (cell, x, weights, final, batch_sizes, B)
     if request.which == "forward":
-        launch.forward(*how, *what, True, run=run)
+        launch.forward(*how, *what, "inference" not in request.options, run=run)
     else:
         out = some(*x.shape[:-1], D * P)
         saved = some(D, T * B, cell.saved_slots(projected), H)
@@ -170,7 +171,7 @@ def _measure(request: Request, one: launch.Launch, made: Any) -> Kernel:
     pattern = r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma\b" if cuda else r"\bv_mfma"
     counted, expected = len(re.findall(pattern, text)), _products(request, one)
     if not one.constants["RESIDENT"] and expected:
-        # A pipeline takes some turns of the loop over K out of it.
+        # Pipelines put up to two turns of the loop over K before or after it.
         expected *= min(max(1, counted // expected), 3)
     products = (counted, expected)
     limits = LIMITS.get(request.architecture)
@@ -188,6 +189,9 @@ def _measure(request: Request, one: launch.Launch, made: Any) -> Kernel:
         )
     if products[0] != products[1]:
         problems.append(f"{products[0]} tensor-core instructions a step, not {products[1]}")
+    meetings = 1 + (one.constants["PROJECTED"] and one.constants["PART"] == "both")
+    if not one.constants["RESIDENT"] and (dots := _dots_in_inner_loops(made)) != meetings:
+        problems.append(f"{dots} products of tiles in the loops over K, not {meetings}")
     before, inside = (_weight_loads(made, inside) for inside in (False, True))
     if one.constants["RESIDENT"] and inside:
         problems.append(f"{inside} loads of resident weights inside the loop over time")
@@ -195,8 +199,8 @@ def _measure(request: Request, one: launch.Launch, made: Any) -> Kernel:
         problems.append("no load of weights was found where it should be")
     if one.constants["RESIDENT"] and _prefetches(made):
         problems.append("what a step writes is read ahead, in stages")
-    if one.constants["SYNC"] == "grid" and (lacking := _barrier_lacks(cuda, made)):
-        problems.append(f"the barrier lacks {lacking}")
+    if one.constants["SYNC"] == "grid":
+        problems += [f"the barrier lacks {what}" for what in _barrier_lacks(one, made)]
     return Kernel(registers, spills, shared, products, tuple(problems))
 
 
@@ -210,7 +214,7 @@ _SHAPES = {
 
 
 def _products(request: Request, one: launch.Launch) -> int:
-    """Tensor-core instructions that a warp needs for a step, or in a streaming loop for a turn."""
+    """Tensor-core instructions that a warp needs for a step, or in a loop over K for a turn."""
     shape = _SHAPES.get((request.architecture.split(":")[0], request.precision))
     if shape is None:
         return 0
@@ -228,12 +232,19 @@ def _products(request: Request, one: launch.Launch) -> int:
     else:
         depths = (c["KC"] * c["SPLIT"],) * 2
     rows, width, deep = shape
-    total = sum(
+    each = [
         triton.cdiv(c["BB"], rows) * triton.cdiv(n, width) * triton.cdiv(k, deep)
         for n, k, has in zip(columns, depths, (first, second), strict=True)
         if has
-    )
-    return int(triton.cdiv(total, c["num_warps"]))
+    ]
+    return int(triton.cdiv(sum(each), c["num_warps"]))
+
+
+def _dots_in_inner_loops(made: Any) -> int:
+    """Products of tiles in a turn of the loops over K, together."""
+    loop = r"^( {6,})(?:%\S+ = )?scf\.for [^\n]*\n((?:(?!\1\}).*\n)*)"
+    bodies = re.findall(loop, made.asm["ttgir"], re.MULTILINE)
+    return sum(len(re.findall(r"= (?:tt\.dot|ttng\.\w*(?:dot|mma))\b", b)) for _, b in bodies)
 
 
 def _of_cubin(made: Any) -> tuple[int, int]:
@@ -306,32 +317,49 @@ def _prefetches(made: Any) -> bool:
     return "async_copy" in ir[begin:end]
 
 
-def _barrier_lacks(cuda: bool, made: Any) -> str:
-    """What the device-wide barrier needs and the code does not have.
+def _barrier_lacks(one: launch.Launch, made: Any) -> list[str]:
+    """What the device-wide barrier needs and the code does not have at each of its places.
 
     All threads have written before one says so, by a release; nobody reads before that one has
     heard of all others, by an acquire.
     """
-    code = made.asm["ptx" if cuda else "amdgcn"]
-    release, acquire = (
-        (r"(?:atom|red)\S*\.release", r"(?:atom|ld)\S*\.acquire")
-        if cuda
-        else ("buffer_wbl2", "buffer_inv")
-    )
+    cuda = "ptx" in made.asm
+    code, ir = made.asm["ptx" if cuda else "amdgcn"], made.asm["ttgir"]
     barrier = r"(?:ttg|gpu)\.barrier[^\n]*\n"
-    arrive = rf"{barrier}(?:[^\n]*addptr[^\n]*\n)?[^\n]*atomic_rmw add"
-    wait = rf"scf\.while(?s:.*?)\n\s+\}}[^\n]*\n\s*{barrier}"
-    ir = made.asm["ttgir"]
-    checks = {
-        "a release": re.search(release, code),
-        "an acquire": re.search(acquire, code),
-        "a barrier of the program": re.search(arrive, ir) and re.search(wait, ir),
+    loop = r"^( +)(?:%\S+ = )?scf\.while[^\n]*\n(?:(?!\1\}(?! do)).*\n)*\1\}[^\n]*\n"
+    if cuda:
+        release, acquire = r"(?:atom|red)\S*\.release", r"(?:atom|ld)\S*\.acquire"
+    else:
+        release, acquire = "buffer_wbl2", "buffer_inv"
+    needed = {
+        "a release": (release, code),
+        "an acquire": (acquire, code),
+        "a barrier of the program before it": (
+            rf"{barrier}(?:[^\n]*addptr[^\n]*\n)?[^\n]*atomic_rmw add, \w*rel",
+            ir,
+        ),
+        "a barrier of the program after it": (rf"{loop}\s*{barrier}", ir),
     }
-    return " and ".join(name for name, found in checks.items() if not found)
+    if not cuda:
+        # Of every wave, with no store between it and the barrier.
+        stores = r"(?:global|buffer|flat)_(?:store|atomic)"
+        wait = rf"ASMSTART\n\s*s_waitcnt vmcnt\(0\)\n(?:(?!.*{stores}).*\n)*?\s*s_barrier"
+        needed["a wait for stores"] = (wait, code)
+    meetings = 1 + one.constants["PROJECTED"]
+    return [
+        what
+        for what, (pattern, text) in needed.items()
+        if sum(1 for _ in re.finditer(pattern, text, re.MULTILINE)) < meetings
+    ]
 
 
-def requests(architectures: list[str], modes: list[str], precisions: list[str]) -> list[Request]:
-    """Every kernel of the plan table, once each."""
+def requests(
+    architectures: list[str],
+    modes: list[str],
+    precisions: list[str],
+    options: frozenset[str] = frozenset(),
+) -> list[Request]:
+    """Every kernel of the plan table that may have these options, once each."""
     chosen: dict[Any, Request] = {}
     for architecture in architectures:
         for mode in modes:
@@ -339,12 +367,23 @@ def requests(architectures: list[str], modes: list[str], precisions: list[str]) 
                 for H in BUCKETS:
                     plans = find(architecture, mode, precision, H)
                     for which, plan in zip(PASSES, plans or (), strict=False):
-                        request = Request(architecture, mode, precision, H, which, plan)
+                        request = Request(architecture, mode, precision, H, which, plan, options)
+                        if not _exists(request):
+                            continue
                         chosen.setdefault(_kernel_of(request), request)
                         if plan.sync == "grid":  # what runs where not all programs fit at once
                             apart = replace(request, plan=plan.apart())
                             chosen.setdefault(_kernel_of(apart), apart)
     return list(chosen.values())
+
+
+def _exists(request: Request) -> bool:
+    options = request.options
+    return not (
+        ("projected" in options and not request.cell.projectable)
+        or ("inference" in options and request.which == "backward")
+        or ("float16" in options and request.precision != "16-bit")
+    )
 
 
 def _kernel_of(request: Request) -> Request:

@@ -12,15 +12,23 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastrnn.cells import Cell
+from fastrnn.kernels.padding import (
+    Numbers,
+    State,
+    Weights,
+    numbers,
+    own_rows,
+    own_states,
+    padded,
+    padded_gates,
+    padded_rows,
+    running,
+)
 from fastrnn.kernels.triton import sequence
 from fastrnn.kernels.triton.cells import CELLS
 from fastrnn.kernels.triton.plans import Plan, Target
 
 __all__ = ["Launch", "backward", "forward", "run"]
-
-# w_ih, w_hh, b_ih, b_hh and w_hr of a direction.
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-State = tuple[Tensor, ...]
 
 
 class Launch(NamedTuple):
@@ -41,25 +49,6 @@ INTERPRETED = isinstance(sequence.forward, InterpretedFunction)
 """Whether the kernels were defined under TRITON_INTERPRET=1."""
 
 
-class Numbers(NamedTuple):
-    """What the kernels take as numbers, in their order."""
-
-    T: int
-    N: int
-    B: int
-    H: int
-    P: int
-    D: int
-
-
-def _sizes(
-    cell: Cell, x: Tensor, weights: Sequence[Weights], batch_sizes: Tensor | None, batch: int
-) -> Numbers:
-    H, P = weights[0][1].shape[0] // len(cell.gates), weights[0][1].shape[1]
-    T = len(batch_sizes) if batch_sizes is not None else x.shape[0] if x.dim() == 3 else 1
-    return Numbers(T, x.shape[:-1].numel(), batch, H, P, len(weights))
-
-
 def _by_unit(cell: Cell, w: Tensor, part: str) -> Tensor:
     """Rows ``[G, H]`` of a weight or bias as rows ``[H, slots]``; zero where x or h has no part."""
     shared, apart = cell.shared, len(cell.gates) - cell.shared
@@ -68,24 +57,6 @@ def _by_unit(cell: Cell, w: Tensor, part: str) -> Tensor:
         none = gates.new_zeros(apart, *gates.shape[1:])
         gates = torch.cat([gates, none] if part == "x" else [gates[:shared], none, gates[shared:]])
     return gates.transpose(0, 1).flatten(0, 1)
-
-
-def _running(
-    cell: Cell, given: Sequence[Tensor | None] | None, sizes: Numbers, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """h ``[D, B, P]`` and the other states ``[STATES - 1, D, B, H]`` in float32; None is zero."""
-    _, _, B, H, P, D = sizes
-    h = like.new_zeros(D, B, P, dtype=torch.float32)
-    s = like.new_zeros(len(cell.states) - 1, D, B, H, dtype=torch.float32)
-    for into, value in zip((h, *s), given or (), strict=False):
-        if value is not None:
-            into.copy_(value.reshape(into.shape))
-    return h, s
-
-
-def _results(h: Tensor, s: Tensor, dtype: torch.dtype, directions: bool) -> State:
-    """States as results: no views, which could not be edited in place."""
-    return tuple((r if directions else r[0]).to(dtype, copy=True) for r in (h, *s))
 
 
 def _offsets(batch_sizes: Tensor | None, like: Tensor) -> Tensor:
@@ -138,6 +109,7 @@ def _launches(
     dot = tl.float32 if INTERPRETED else _DOT[x.dtype]
     constants |= dict(
         PROJECTED=len(parts) == 2,
+        PADDED=(sizes.own_H, sizes.own_P) != (sizes.H, sizes.P),
         SYNC=plan.sync,
         RESIDENT=plan.resident,
         BB=plan.rows,
@@ -184,30 +156,32 @@ def forward(
     save: bool,
     run: Run,
 ) -> tuple[Tensor, State, Tensor | None]:
-    """As ``fastrnn.backends.Backend.forward``, by a plan.
+    """As ``fastrnn.backends.Backend.forward``, by a plan; ``saved`` has ``Numbers.H`` units.
 
     Args:
         run: does a launch.
     """
-    sizes = _sizes(cell, x, weights, batch_sizes, batch)
-    _, N, B, H, P, D = sizes
+    sizes = numbers(cell, x, weights, batch_sizes, batch)
+    _, N, B, H, P, D, own_H, own_P = sizes
     *leading, _ = x.shape
     projected = weights[0][4] is not None
     rows = x.flatten(0, -2)
     gx = x.new_empty(D, N, H * cell.slots)
+    own_columns = own_H * cell.slots
+    gx[..., own_columns:] = 0
     w_hh = x.new_empty(D, P, H * cell.slots)
     w_hr = x.new_empty(D, H, P) if projected else x
     for d, (w_ih, w, b_ih, b_hh, hr) in enumerate(weights):
         w_x = _by_unit(cell, w_ih, "x").t()
         if b_ih is None or b_hh is None:
-            torch.mm(rows, w_x, out=gx[d])
+            torch.mm(rows, w_x, out=gx[d, :, :own_columns])
         else:
             bias = _by_unit(cell, b_ih, "x") + _by_unit(cell, b_hh, "h")
-            torch.addmm(bias, rows, w_x, out=gx[d])
-        w_hh[d] = _by_unit(cell, w, "h").t()
+            torch.addmm(bias, rows, w_x, out=gx[d, :, :own_columns])
+        w_hh[d] = _by_unit(cell, padded_gates(cell, w, H, P), "h").t()
         if hr is not None:
-            w_hr[d] = hr.t()
-    h, s = _running(cell, state, sizes, x)
+            w_hr[d] = padded(hr, P, H).t()
+    h, s = running(cell, state, sizes, x, torch.float32)
     out = x.new_empty(*leading, D * P)
     saved = x.new_empty(D, N, cell.saved_slots(projected), H) if save else None
     tensors = (
@@ -240,7 +214,7 @@ def forward(
     ):
         run(launch)
     directions = len(leading) == 2 or batch_sizes is not None
-    return out, _results(h, s, x.dtype, directions), saved
+    return own_rows(out, D, own_P), own_states(h, s, sizes, x.dtype, directions), saved
 
 
 def backward(
@@ -259,20 +233,22 @@ def backward(
     run: Run,
 ) -> tuple[Tensor, State, Tensor | None]:
     """The recurrence in reverse, by a plan: the fields of ``backends.products.Recurrence``."""
-    sizes = _sizes(cell, x, weights, batch_sizes, batch)
-    T, N, B, H, P, D = sizes
+    sizes = numbers(cell, x, weights, batch_sizes, batch)
+    T, N, B, H, P, D, own_H, own_P = sizes
     G = len(cell.gates)
     projected = weights[0][4] is not None
-    w_hh = torch.stack([w[1] for w in weights])
-    w_hr = torch.stack([w[4] for w in weights if w[4] is not None]) if projected else x
-    h0, _ = _running(cell, None if state is None else state[:1], sizes, x)
-    dh_n, ds_n = _running(cell, dfinal, sizes, x)
+    w_hh = torch.stack([padded_gates(cell, w[1], H, P) for w in weights])
+    w_hr = x
+    if projected:
+        w_hr = torch.stack([padded(w[4], P, H) for w in weights if w[4] is not None])
+    h0, _ = running(cell, None if state is None else state[:1], sizes, x, torch.float32)
+    dh_n, ds_n = running(cell, dfinal, sizes, x, torch.float32)
     dpre = x.new_empty(D, N, cell.slots, H)
     dh = x.new_empty(D, N, P) if projected else None
     tensors = (
         saved,
-        out,
-        x if dout is None else dout.contiguous(),
+        padded_rows(out, D, P),
+        x if dout is None else padded_rows(dout, D, P),
         h0.to(x.dtype),
         w_hh,
         w_hr,
@@ -302,4 +278,5 @@ def backward(
     ):
         run(launch)
     directions = out.dim() == 3 or batch_sizes is not None
-    return dpre, _results(dh_n, ds_n, x.dtype, directions), dh
+    dstate = own_states(dh_n, ds_n, sizes, x.dtype, directions)
+    return dpre[..., :own_H], dstate, None if dh is None else dh[..., :own_P]

@@ -13,20 +13,27 @@ A step has two parts where h is projected, the cell and the projection, with a m
 the product with ``W_hh``, of what the step after left; so there is one turn more than steps, of
 which only that part counts.
 
-Sizes: T steps, N rows in all, B sequences, H hidden units, P elements of h, D directions. Rows are
-in time-major order; ``offsets [T + 1]`` has the first row of each step of a packed batch.
+Sizes: T steps, N rows, B sequences, H hidden units, P elements of h, D directions. H and P are
+multiples of 16, of which the layer has own_H and own_P; what else meets a product is zero.
+Rows are in time-major order; ``offsets [T + 1]`` has the first row of each step of a packed batch.
 Pre-activations lie as ``[unit][slot]``, so that one product computes all slots of a unit.
 """
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 
 @triton.jit
 def arrive(counter, SYNC: tl.constexpr):
     """Say that what this program has written may be read. What it writes later need not wait."""
     if SYNC == "grid":
-        # All threads must have written before one says so.
+        # All threads must have written before one says so. AMD's barrier does not see to that: it
+        # holds waves back, not their stores.
+        if is_hip():
+            tl.inline_asm_elementwise(
+                "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [0], tl.int32, False, 1
+            )
         tl.debug_barrier()
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
 
@@ -35,7 +42,7 @@ def arrive(counter, SYNC: tl.constexpr):
 def wait(counter, goal, SYNC: tl.constexpr):
     """Wait for ``goal`` arrivals, of all programs that share sequences."""
     if SYNC == "grid":
-        arrived = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        arrived = goal - 1
         while arrived < goal:
             arrived = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
         # No thread may read before the one that has heard of all others.
@@ -87,6 +94,14 @@ def keep(alive, new, old, COUNT: tl.constexpr):
     for k in tl.static_range(COUNT):
         kept = kept + (tl.where(alive, new[k], old[k]),)
     return kept
+
+
+@triton.jit
+def own(tile, column, count, PADDED: tl.constexpr):
+    """Zero in columns that the layer does not have."""
+    if PADDED:
+        tile = tl.where((column < count)[None, :], tile, 0.0)
+    return tile
 
 
 @triton.jit
@@ -203,8 +218,8 @@ def product(
     return acc
 
 
-# Numbers that differ from call to call must not compile anything anew.
-_VARYING = ["first_group", "first_step", "end_step", "T", "N", "B"]
+# Numbers that differ from call to call must not compile anything anew. H and P are multiples of 16.
+_VARYING = ["first_group", "first_step", "end_step", "T", "N", "B", "D", "own_H", "own_P"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -229,6 +244,8 @@ def forward(
     H,
     P,
     D,
+    own_H,
+    own_P,
     CELL: tl.constexpr,
     SLOTS: tl.constexpr,
     STATES: tl.constexpr,
@@ -236,6 +253,7 @@ def forward(
     PROJECTED: tl.constexpr,
     SAVE: tl.constexpr,
     PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
     SYNC: tl.constexpr,
     PART: tl.constexpr,
     RESIDENT: tl.constexpr,  # the weights stay with the program for all steps
@@ -315,11 +333,11 @@ def forward(
                 )
             else:
                 y, v = CELL(split_slots(pre, BB, BH, SLOTS), (running_h,) + others)
-            y_h = y[0]
+            y_h = own(y[0], unit, own_H, PADDED)
             mask = alive[:, None] & units[None, :]
             if PROJECTED:
                 if SYNC != "program":
-                    store_planes(m + at_s, 0, mask, y, 1)
+                    tl.store(m + at_s, y_h.to(m.dtype.element_ty), mask=mask)
             else:
                 running_h = tl.where(alive[:, None], y_h, running_h)
                 if SYNC != "program":
@@ -344,6 +362,7 @@ def forward(
                     m + sequence * H, alive, w_hr, tiles_hr, H, element,
                     P, RESIDENT, BB, BP, KC, NKR, SPLIT, DOT, PRECISION,
                 )  # fmt: skip
+            y_h = own(y_h, element, own_P, PADDED)
             running_h = tl.where(alive[:, None], y_h, running_h)
             if SYNC != "program":
                 to = hx + ((step + 1) % 2) * plane_h + at_h
@@ -452,6 +471,8 @@ def backward(
     H,
     P,
     D,
+    own_H,
+    own_P,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
     SHARED: tl.constexpr,
@@ -460,6 +481,7 @@ def backward(
     PROJECTED: tl.constexpr,
     DOUT: tl.constexpr,
     PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
     SYNC: tl.constexpr,
     PART: tl.constexpr,
     RESIDENT: tl.constexpr,
@@ -527,26 +549,9 @@ def backward(
     first, count = rows_of(offsets, step, d, T, B, PACKED)
     first_before, count_before = rows_of(offsets, step - 1, d, T, B, PACKED)
     v, s, h, dh_out = load_step(
-        saved,
-        out,
-        dout,
-        h0,
-        first,
-        count,
-        first_before,
-        count_before,
-        row,
-        unit,
-        element,
-        sequence,
-        H,
-        P,
-        D,
-        STATES,
-        SAVED,
-        PROJECTED,
-        DOUT,
-    )
+        saved, out, dout, h0, first, count, first_before, count_before, row, unit, element,
+        sequence, H, P, D, STATES, SAVED, PROJECTED, DOUT,
+    )  # fmt: skip
     for turn in tl.range(first_step, end_step, num_stages=1):
         alive = row < count
         dy_h = carry
@@ -561,6 +566,7 @@ def backward(
                 )  # fmt: skip
             dy_h = carry + dh_out.to(tl.float32)
             if PROJECTED:
+                dy_h = own(dy_h, element, own_P, PADDED)
                 tl.store(
                     dh + ((first + row) * P)[:, None] + element[None, :],
                     dy_h.to(dh.dtype.element_ty),
@@ -585,7 +591,10 @@ def backward(
             dslots, ds = CELL(
                 in_float32(v, SAVED), in_float32(s, STATES), h.to(tl.float32), (dm,) + others
             )
-            dgates = h_parts(dslots, alive[:, None], dgh.dtype.element_ty, GATES, SHARED)
+            real = alive[:, None]
+            if PADDED:
+                real = real & (unit < own_H)[None, :]
+            dgates = h_parts(dslots, real, dgh.dtype.element_ty, GATES, SHARED)
             if SYNC == "program":
                 held = dgates
             else:
@@ -607,26 +616,9 @@ def backward(
         count = tl.where(turn + 1 < end_step, count_before, 0)
         first_before, count_before = rows_of(offsets, T - 3 - turn, d, T, B, PACKED)
         v, s, h, dh_out = load_step(
-            saved,
-            out,
-            dout,
-            h0,
-            first,
-            count,
-            first_before,
-            count_before,
-            row,
-            unit,
-            element,
-            sequence,
-            H,
-            P,
-            D,
-            STATES,
-            SAVED,
-            PROJECTED,
-            DOUT,
-        )
+            saved, out, dout, h0, first, count, first_before, count_before, row, unit, element,
+            sequence, H, P, D, STATES, SAVED, PROJECTED, DOUT,
+        )  # fmt: skip
         wait(counter, met * tl.num_programs(0), SYNC)
 
     if PART != "cell":

@@ -207,7 +207,9 @@ def backward(
     from fastrnn.kernels.triton import launch
 
     (_, plan), target = _plans(cell, x, weights)
-    layer = (cell, x, weights, state, batch_sizes, batch, out, saved)
+    layer = (cell, x, weights, state, batch_sizes, batch, out)
     with _on(x):
-        recurrence = Recurrence(*launch.backward(plan, target, *layer, dout, dfinal, launch.run))
-        return gradients(*layer, needed, recurrence)
+        found = launch.backward(plan, target, *layer, saved, dout, dfinal, launch.run)
+        recurrence = Recurrence(*found)
+        own = saved[..., : recurrence.dpre.shape[-1]]
+        return gradients(*layer, own, needed, recurrence)
