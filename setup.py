@@ -4,14 +4,18 @@ The extension gets addresses and sizes from Python and is not linked to torch, s
 every torch release.
 
 Environment:
-    CC, CXX            the compiler, GCC or Clang
-    FASTRNN_CXXFLAGS   more compiler flags, after the ones below
-    FASTRNN_NO_OPENMP  1 to build without OpenMP
-    FASTRNN_NO_CPP     1 to leave the extension out; the backends in Python work without it
+    CC, CXX              the compiler, GCC or Clang
+    FASTRNN_CXXFLAGS     more compiler flags, after the ones below
+    FASTRNN_NO_OPENMP    1 to build without OpenMP
+    FASTRNN_NO_CPP       1 to leave the extension out; the backends in Python work without it, and
+                         the wheel is one for every platform
+    FASTRNN_REQUIRE_CPP  1 to fail where the extension cannot be built, which otherwise is left out
 """
 
 import os
 import shlex
+import sys
+import sysconfig
 import tempfile
 from glob import glob
 from pathlib import Path
@@ -20,6 +24,10 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, PlatformError
+
+# setuptools puts its own in place.
+from distutils.ccompiler import new_compiler  # isort: skip
+from distutils.sysconfig import customize_compiler  # isort: skip
 
 # No -ffast-math: linking with it can turn on flush-to-zero for the whole process. No -march=native:
 # a wheel runs on other machines, and the sources pick the instruction set at run time.
@@ -32,6 +40,15 @@ CXXFLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=fast",
 ]
+
+# What the sources are written in: GNU C++17, and Python's headers.
+TRIAL = """
+#include <Python.h>
+#include <type_traits>
+typedef float Vector __attribute__((vector_size(16)));
+static_assert(std::is_same_v<decltype(Vector()[0] + 1.0f), float>);
+int main() { return 0; }
+"""
 
 OPENMP_TRIAL = """
 #include <omp.h>
@@ -53,14 +70,46 @@ EXTENSION = Extension(
 )
 
 
+def fails(compiler, source: str, flags: list[str], link: bool) -> str | None:
+    """What a compiler says of a source that it cannot compile; None if it can."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "trial.cpp")
+        path.write_text(source)
+        try:
+            objects = compiler.compile([str(path)], output_dir=directory, extra_postargs=flags)
+            if link:
+                compiler.link_executable(
+                    objects,
+                    "trial",
+                    output_dir=directory,
+                    extra_postargs=flags,
+                    target_lang="c++",
+                )
+        except (CompileError, LinkError, PlatformError) as error:
+            return str(error)
+    return None
+
+
+def without_extension() -> str | None:
+    """Why the extension is left out; None if it can be built."""
+    if os.environ.get("FASTRNN_NO_CPP") == "1":
+        return "FASTRNN_NO_CPP=1"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "it relies on the lock that this free-threaded Python does without"
+    compiler = new_compiler()
+    if compiler.compiler_type != "unix":
+        return (
+            "it is written in GNU C++17, for GCC or Clang on Linux or macOS, and this compiler is "
+            f"of type {compiler.compiler_type!r}"
+        )
+    customize_compiler(compiler)
+    compiler.add_include_dir(sysconfig.get_path("include"))
+    problem = fails(compiler, TRIAL, ["-std=c++17"], link=False)
+    return problem and f"a trial of the C++ compiler failed: {problem}"
+
+
 class BuildExt(build_ext):
     def build_extensions(self) -> None:
-        if self.compiler.compiler_type != "unix":
-            raise PlatformError(
-                "fastrnn's extension is written in GNU C++17: build it with GCC or Clang on Linux "
-                "or macOS, or set FASTRNN_NO_CPP=1 to do without it (this compiler is of type "
-                f"{self.compiler.compiler_type!r})"
-            )
         openmp = ["-fopenmp"] if self.has_openmp() else []
         more = shlex.split(os.environ.get("FASTRNN_CXXFLAGS", ""))
         for extension in self.extensions:
@@ -75,27 +124,16 @@ class BuildExt(build_ext):
         if os.environ.get("FASTRNN_NO_OPENMP") == "1":
             self.warn("FASTRNN_NO_OPENMP=1: the extension will run on one thread")
             return False
-        with tempfile.TemporaryDirectory() as directory:
-            source = Path(directory, "trial.cpp")
-            source.write_text(OPENMP_TRIAL)
-            try:
-                objects = self.compiler.compile(
-                    [str(source)], output_dir=directory, extra_postargs=["-fopenmp"]
-                )
-                self.compiler.link_executable(
-                    objects,
-                    "trial",
-                    output_dir=directory,
-                    extra_postargs=["-fopenmp"],
-                    target_lang="c++",
-                )
-            except (CompileError, LinkError):
-                self.warn("no OpenMP with this compiler: the extension will run on one thread")
-                return False
+        if fails(self.compiler, OPENMP_TRIAL, ["-fopenmp"], link=True):
+            self.warn("no OpenMP with this compiler: the extension will run on one thread")
+            return False
         return True
 
 
-setup(
-    cmdclass={"build_ext": BuildExt},
-    ext_modules=[] if os.environ.get("FASTRNN_NO_CPP") == "1" else [EXTENSION],
-)
+left_out = without_extension()
+if left_out:
+    message = f"fastrnn's C++ extension is left out: {left_out}"
+    if os.environ.get("FASTRNN_REQUIRE_CPP") == "1":
+        raise SystemExit(f"{message}; and FASTRNN_REQUIRE_CPP=1 asks for it")
+    print(f"warning: {message}", file=sys.stderr)
+setup(cmdclass={"build_ext": BuildExt}, ext_modules=[] if left_out else [EXTENSION])

@@ -202,12 +202,15 @@ def test_environment_unrunnable() -> None:
     assert "fastrnn._cpp could not be imported" in result.stderr
 
 
-def test_without_the_extension_torch_runs() -> None:
+@pytest.mark.parametrize("without,next_one", [("", "numba"), ("numba", "torch")])
+def test_without_the_extension_the_next_backend_runs(without: str, next_one: str) -> None:
     code = WITHOUT_CPP + "m, x = fastrnn.LSTM(3, 4), torch.randn(5, 2, 3)\n"
+    if without:
+        code += "import importlib.util; importlib.util.find_spec = lambda name, *_: None\n"
     code += "m(x)[0].sum().backward(); print(fastrnn.explain(m, x))"
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("torch: automatic choice")
+    assert result.stdout.startswith(f"{next_one}: automatic choice")
     assert "not cpp: the extension fastrnn._cpp could not be imported" in result.stdout
 
 

@@ -50,7 +50,7 @@ LAYERS = [
 # What a part may import besides the standard library, where that is not torch alone.
 THIRD_PARTY = {
     "__main__": {"torch", "rich"},
-    "kernels": {"torch", "numpy", "numba", "triton"},
+    "kernels": {"torch", "numba", "llvmlite", "triton"},
 }
 
 needs_tree = pytest.mark.skipif(

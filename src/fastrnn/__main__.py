@@ -1,13 +1,23 @@
-"""``python -m fastrnn aot``: what the GPU kernels take, compiled without a GPU."""
+"""``python -m fastrnn info``: what runs here, for a bug report.
+
+``python -m fastrnn aot``: what the GPU kernels take, compiled without a GPU.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+import torch
 
 if TYPE_CHECKING:
     from fastrnn.kernels.triton.aot import Kernel, Request
@@ -38,7 +48,8 @@ def _each(function: Callable[[_A], _B], items: list[_A], jobs: int, label: str) 
 
 def _row(request: Request, kernel: Kernel | str) -> str:
     H = str(request.H) if request.plan.resident else "any"
-    asked = f"{request.architecture} | {request.mode} | {request.precision} | {H} | {request.which}"
+    which = ", ".join([request.which, *sorted(request.options)])
+    asked = f"{request.architecture} | {request.mode} | {request.precision} | {H} | {which}"
     if isinstance(kernel, str):
         return f"| {asked} | {request.plan} | | | | | | {kernel} |"
     counted, expected = kernel.products
@@ -110,11 +121,70 @@ def _paper() -> int:
     return 0
 
 
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def _openmp() -> str:
+    """The OpenMP runtimes that are loaded: with two, threads of one do not know of the other's."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return "not known on this system"
+    found = sorted(set(re.findall(r"/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*", maps)))
+    if len(found) > 1:
+        return f"{len(found)} runtimes, which share no threads: {', '.join(found)}"
+    return f"{found[0]}, shared by all" if found else "none"
+
+
+def _info() -> int:
+    from fastrnn.dispatch import BACKENDS, load
+
+    missing = {name: load(name).missing() for name in BACKENDS}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    isa = "no extension"
+    if missing["cpp"] is None:
+        from fastrnn.backends import cpp
+
+        isa = cpp.isa()
+    print(f"fastrnn     {_version_of('fastrnn')} in {Path(__file__).parent}")
+    print(f"python      {platform.python_version()}, {platform.platform()}")
+    for package in ("torch", "triton", "numba", "numpy"):
+        found = torch.__version__ if package == "torch" else _version_of(package)
+        print(f"{package:<12}{found}")
+    print(f"processor   {_processor()}")
+    print(f"vectors     {isa}; torch: {torch.backends.cpu.get_cpu_capability()}")
+    print(f"threads     {torch.get_num_threads()} of torch, on {cores} cores")
+    print(f"OpenMP      {_openmp()}")
+    if torch.cuda.is_available():
+        print(f"GPU         {torch.cuda.get_device_name()}")
+    print("backends")
+    for name, problem in missing.items():
+        print(f"  {name:<10}{f'cannot run: {problem}' if problem else load(name).describe()}")
+    return 0
+
+
 def main() -> int:
     from fastrnn.kernels.triton.plans import BUCKETS, LIMITS, MODES, program
 
     parser = argparse.ArgumentParser("python -m fastrnn", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, dest="command")
+    commands.add_parser(
+        "info",
+        help="print versions, threads and what each backend lacks, for a bug report",
+    )
     aot = commands.add_parser(
         "aot",
         help="compile the Triton kernels of the plan table and print what they take",
@@ -125,6 +195,14 @@ def main() -> int:
     aot.add_argument("--target", nargs="+", help="such as cuda:90 or hip:gfx942; default: all")
     aot.add_argument("--cell", nargs="+", help=f"some of {', '.join(MODES)}; default: all")
     aot.add_argument("--products", nargs="+", help="16-bit, tf32, ieee; default: all")
+    aot.add_argument(
+        "--options",
+        nargs="+",
+        action="append",
+        default=[],
+        help="compile what inference, packed, projected and float16 change, together; once more "
+        "for other kernels (default: that which trains a dense layer)",
+    )
     aot.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     aot.add_argument("--largest", action="store_true", help="search the largest resident H too")
     aot.add_argument(
@@ -132,15 +210,24 @@ def main() -> int:
     )
     aot.add_argument("--search", action="store_true", help="print a new plan table instead")
     args = parser.parse_args()
+    if args.command == "info":
+        return _info()
 
     try:
-        from fastrnn.kernels.triton.aot import PASSES, PRECISIONS, Request, requests
+        from fastrnn.kernels.triton.aot import OPTIONS, PASSES, PRECISIONS, Request, requests
     except ImportError as error:
         parser.error(f"aot needs triton: {error}")
     # RNN_RELU has RNN_TANH's plans.
     targets, modes = args.target or list(LIMITS), args.cell or [m for m in MODES if m != "RNN_RELU"]
     products = args.products or list(PRECISIONS)
-    for given, known in ((targets, LIMITS), (modes, MODES), (products, PRECISIONS)):
+    options = [frozenset(o) for o in args.options] or [frozenset[str]()]
+    every = sorted(frozenset[str]().union(*options))
+    for given, known in (
+        (targets, LIMITS),
+        (modes, MODES),
+        (products, PRECISIONS),
+        (every, OPTIONS),
+    ):
         if unknown := set(given) - set(known):
             parser.error(f"expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     if args.paper:
@@ -157,7 +244,8 @@ def main() -> int:
         ]
         return _plans(asked, args.jobs)
     show = _largest if args.largest else _table
-    return show(requests(targets, modes, products), args.jobs)
+    asked = [r for o in options for r in requests(targets, modes, products, o)]
+    return show(asked, args.jobs)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from fastrnn.cells import Cell
 
 __all__ = ["BACKENDS", "BackendError", "Choice", "choose", "empty_cache", "load", "use_backend"]
 
-BACKENDS = ("cpp", "triton", "torch", "reference")
+BACKENDS = ("cpp", "numba", "triton", "torch", "reference")
 """Every backend by name, fastest first: the order of the automatic choice."""
 
 _environment = os.environ.get("FASTRNN_BACKEND") or None
