@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
     versions = {"torch": torch.__version__, "fastrnn": fastrnn.__version__}
     for name in sorted({n for p in peers_on(config) for n in p.needs}):
         try:
-            versions[name] = __import__(name).__version__
-        except ImportError:
+            versions[name] = version(name)
+        except PackageNotFoundError:
             versions[name] = "missing"
     torch.set_num_threads(config.getoption("--threads"))
     machine_info["fastrnn"] = {

@@ -28,7 +28,9 @@ def copies(numbers: Problem, device: str, dtype: torch.dtype) -> list[Problem]:
     first = numbers.to("cuda", dtype)
     tensors = (first.x, *first.state, first.cotangent, *first.module.parameters())
     size = sum(t.numel() * t.element_size() for t in tensors)
-    count = 1 + 2 * torch.cuda.get_device_properties(0).L2_cache_size // size
+    # AMD's has another of 256 MB behind it, which no property tells.
+    cache = torch.cuda.get_device_properties(0).L2_cache_size + (256 << 20) * (device == "rocm")
+    count = 1 + 2 * cache // size
     return [first, *(numbers.to("cuda", dtype) for _ in range(min(count, 1000) - 1))]
 
 

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastrnn.cells import Cell
+from fastrnn.cells import Cell, State, Weights
 
 __all__ = [
     "Numbers",
-    "State",
-    "Weights",
     "numbers",
     "own_rows",
     "own_states",
@@ -28,11 +26,6 @@ __all__ = [
     "padded_rows",
     "running",
 ]
-
-
-# As fastrnn.backends says, which stands above and is not imported from here.
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-State = tuple[Tensor, ...]
 
 
 class Numbers(NamedTuple):
@@ -107,4 +100,7 @@ def running(
 def own_states(h: Tensor, s: Tensor, sizes: Numbers, dtype: torch.dtype, directions: bool) -> State:
     """States as results: no views, which could not be edited in place."""
     found = (h[..., : sizes.own_P], *s[..., : sizes.own_H])
-    return tuple((r if directions else r[0]).to(dtype, copy=True) for r in found)
+    form = torch.contiguous_format
+    return tuple(
+        (r if directions else r[0]).to(dtype, copy=True, memory_format=form) for r in found
+    )

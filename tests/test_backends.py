@@ -275,6 +275,33 @@ def test_extreme_inputs(
 @fast
 @dtypes
 @modes
+def test_an_infinite_gradient(mode: str, backend: str, dtype: torch.dtype) -> None:
+    """With weights that are not negative it stays infinite, and is nowhere multiplied by zero."""
+    case = Case(mode, 1, 1, True, "dense", False, False, 3, 3, 5, 20)
+    d, m = data(case, dtype), ours(case, dtype)
+    for p in m.parameters():
+        p.data.abs_()
+    d.cotangents[0][1, 0, 0] = torch.inf
+    actual, expected = (evaluate(m, case, d, b) for b in (backend, "reference"))
+    for name, e in expected.items():
+        assert torch.equal(actual[name].isnan(), e.isnan()), name
+        assert torch.equal(actual[name].isinf(), e.isinf()), name
+
+
+@fast
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_tensors_of_another_default_device(layout: str, backend: str) -> None:
+    case = Case("LSTM", 2, 1, True, layout, False, True, 4, 3, 5, 6)
+    d, m = data(case, F32), ours(case, F32)
+    expected = evaluate(m, case, d, backend)
+    with torch.device("meta"):
+        actual = evaluate(m, case, d, backend)
+    assert_equal(actual, expected)
+
+
+@fast
+@dtypes
+@modes
 def test_nan_stays_in_its_row(mode: str, backend: str, dtype: torch.dtype) -> None:
     case = Case(mode, 2, 2, True, "dense", False, True, 3, 13, 5, 20)
     d = data(case, dtype)

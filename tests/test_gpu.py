@@ -35,6 +35,7 @@ def kind(request: pytest.FixtureRequest) -> Iterator[tuple[torch.dtype, float]]:
     """A dtype and how far results may be off, with cuDNN's RNNs set to compute so."""
     products, dtype = request.param
     rnn = getattr(torch.backends.cudnn, "rnn", None)
+    rnn = rnn if hasattr(rnn, "fp32_precision") else None  # since torch 2.9
     before = rnn.fp32_precision if rnn else torch.backends.cudnn.allow_tf32
     matmul = torch.backends.cuda.matmul.allow_tf32
     if rnn:
@@ -72,9 +73,11 @@ def test_packed_and_projected(
     judged(Case("LSTM", 2, 2, True, layout, projected, True, 5, 37, 17, H), *kind)
 
 
+@pytest.mark.parametrize("kind", [("ieee", F32)], indirect=True, ids=str)
 @pytest.mark.parametrize("H", (64, 512))
-def test_relu_without_bias(H: int) -> None:
-    judged(Case("RNN_RELU", 1, 2, False, "batch_first", False, False, 5, 20, 17, H), F32, 5e-3)
+def test_relu_without_bias(H: int, kind: tuple[torch.dtype, float]) -> None:
+    """In TF32 the sign of a pre-activation near zero may be another."""
+    judged(Case("RNN_RELU", 1, 2, False, "batch_first", False, False, 5, 20, 17, H), *kind)
 
 
 @pytest.mark.parametrize("H", (128, 1024))
@@ -104,6 +107,7 @@ def test_capture_in_a_graph(H: int) -> None:
 
     with fastrnn.use_backend("triton"):
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             step()
         torch.cuda.current_stream().wait_stream(side)

@@ -15,7 +15,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, LAYERS, STEPS, Case, arguments, call, data, evaluate, ours, theirs
+from cases import (
+    CASES,
+    LAYERS,
+    STEPS,
+    Case,
+    arguments,
+    call,
+    data,
+    evaluate,
+    ours,
+    runnable,
+    theirs,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -37,6 +49,7 @@ def pair(table: dict[str, Any], mode: str, *args: Any, **kwargs: Any) -> Pair:
     return tuple(modules)
 
 
+fast = pytest.mark.parametrize("backend", runnable())
 layers = partial(pair, LAYERS)
 steps = partial(pair, STEPS)
 
@@ -276,15 +289,17 @@ def test_shapes_and_strides(mode: str, batch_first: bool, shape: tuple[int, ...]
         assert_same(mine(x, hx), torchs(x, hx))
 
 
+@fast
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(5, 0, 3), (1, 0, 3)], ids=str)
-def test_an_empty_batch(mode: str, shape: tuple[int, ...]) -> None:
+def test_an_empty_batch(mode: str, shape: tuple[int, ...], backend: str) -> None:
     for kwargs in ({}, {"num_layers": 2, "bidirectional": True}):
         mine, torchs = layers(mode, 3, 4, **kwargs)
         results = []
         for m in (mine, torchs):
             x = torch.randn(shape, requires_grad=True)
-            results.append(m(x))
+            with fastrnn.use_backend(backend):
+                results.append(m(x))
             sum(t.sum() for t in flat(results[-1])).backward()
             assert x.grad is not None
             assert x.grad.shape == shape
@@ -440,13 +455,15 @@ def test_cell_refuses(mode: str, name: str) -> None:
         mine(*args)
 
 
+@fast
 @pytest.mark.parametrize("mode", MODES)
-def test_cell_takes_what_torch_takes(mode: str) -> None:
+def test_cell_takes_what_torch_takes(mode: str, backend: str) -> None:
     mine, torchs = steps(mode, 3, 4)
     for shape in ((3,), (1, 3), (2, 3), (0, 3)):
         x = torch.randn(shape)
         for hx in (None, states(mode, *shape[:-1], 4)):
-            assert_same(mine(x, hx), torchs(x, hx))
+            with fastrnn.use_backend(backend):
+                assert_same(mine(x, hx), torchs(x, hx))
 
 
 def test_unknown_nonlinearity_of_a_cell() -> None:

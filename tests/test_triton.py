@@ -103,6 +103,17 @@ def test_layer(plan: str, dtype: torch.dtype, case: Case, planned: Any) -> None:
     assert_near_in_norm(actual, expected, MOST[dtype])
 
 
+@pytest.mark.parametrize("plan", SPLIT)
+@pytest.mark.parametrize("mode,projected", [*((m, False) for m in plans.MODES), ("LSTM", True)])
+def test_every_cell_by_every_plan(mode: str, projected: bool, plan: str, planned: Any) -> None:
+    planned(SPLIT[plan])
+    case = Case(mode, 2, 1, True, "packed", projected, True, 3, 3, 5, 33)
+    d, module = data(case, F32), ours(case, F32)
+    actual = evaluate(module, case, d, "triton")
+    expected = evaluate(module.double(), case, d.to(F64), "reference")
+    assert_near_in_norm(actual, expected, MOST[F32])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("plan", SPLIT)
 def test_relu_in_16_bits(plan: str, dtype: torch.dtype, planned: Any) -> None:
@@ -167,18 +178,27 @@ def test_activations_near_zero_and_far() -> None:
 
 
 @pytest.mark.parametrize("plan", SPLIT)
-@pytest.mark.parametrize("projected", [False, True])
-def test_infinite_inputs_at_odd_sizes(plan: str, projected: bool, planned: Any) -> None:
-    """An infinite number times a weight that is not there is nothing."""
+@pytest.mark.parametrize("mode,proj_size", [("RNN_RELU", 0), ("LSTM", 0), ("LSTM", 5)])
+@pytest.mark.parametrize("H", (17, 48))
+def test_infinite_numbers_at_odd_sizes(
+    plan: str, mode: str, proj_size: int, H: int, planned: Any
+) -> None:
+    """An infinite number times a weight that is not there is nothing, forward and in reverse."""
     planned(SPLIT[plan])
-    module = fastrnn.LSTM(3, 17, proj_size=5 if projected else 0)
-    x = torch.randn(4, 3, 3)
-    x[1, 0, 0], x[2, 2, 1] = torch.inf, -torch.inf
-    with torch.no_grad():
-        expected, _ = module(x)
-        with fastrnn.use_backend("triton"):
-            actual, _ = module(x)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    case = Case(mode, 1, 1, True, "dense", proj_size > 0, False, 4, 3, 3, H)
+    d, module = data(case, F32), ours(case, F32)
+    for p in module.parameters():
+        p.data.abs_()
+    d.x.abs_()
+    for infinite in (d.x, d.cotangents[0]):
+        numbers = infinite.clone()
+        infinite[1, 0, 0] = torch.inf
+        actual = evaluate(module, case, d, "triton")
+        expected = evaluate(module, case, d, "reference")
+        infinite.copy_(numbers)
+        assert not all(e.isfinite().all() for e in expected.values())
+        for name, e in expected.items():
+            torch.testing.assert_close(actual[name], e, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 # The device-wide barrier, for real
@@ -287,6 +307,24 @@ def test_waves(monkeypatch: pytest.MonkeyPatch) -> None:
             assert {k.constants["launch_cooperative_grid"] for k in seen} == {True}
 
 
+def test_a_kernel_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of triton may make one: the layer runs step by step then, and says so."""
+    from triton.runtime.errors import OutOfResources
+
+    def run(one: launch.Launch, run: Any = launch.run) -> None:
+        if one.constants["PART"] == "both" and one.constants["SYNC"] != "launch":
+            raise OutOfResources(300000, 232448, "shared memory")
+        run(one)
+
+    monkeypatch.setattr(launch, "run", run)
+    for projected in (False, True):
+        case = Case("LSTM", 2, 1, True, "packed", projected, True, 4, 3, 5, 33)
+        d, module = data(case, F32), ours(case, F32)
+        with pytest.warns(RuntimeWarning, match=r"plan program\(8\) that this device cannot run"):
+            actual = evaluate(module, case, d, "triton")
+        assert_near(actual, evaluate(module.double(), case, d.to(F64), "reference"), F32)
+
+
 # Choice
 
 
@@ -323,7 +361,8 @@ def test_choice_on_a_gpu(a_gpu: None) -> None:
         (F32, {"hidden_size": 2049}, "no plan divides a layer of hidden_size 2049"),
         (F32, {"one_step": True}, "a cell of one step"),
         (half, {}, "cuDNN keeps the weights"),
-        (F32, {"batch": 256, "hidden_size": 1024}, "on paper a step takes"),
+        (half, {"batch": 88, "hidden_size": 1024}, "cuDNN keeps the weights"),
+        (F32, {"batch": 256, "hidden_size": 1024}, "on paper a step and its reverse take"),
     ):
         backend_, reason = name(dtype=dtype, **sizes)
         assert backend_ == "torch" and why in reason
@@ -335,11 +374,38 @@ def test_choice_on_a_gpu(a_gpu: None) -> None:
         {"hidden_size": 250},
         {"input_size": 100},
         {"packed": True},
-        {"projected": True},
+        {"proj_size": 128},
     ):
         assert name(dtype=half, **sizes)[0] == "triton"
     assert name("GRU", half)[0] == "triton"
+    # cuDNN leaves the weights of wide RNNs in large batches where they are.
+    assert "cuDNN" not in name("RNN_TANH", half, batch=128, hidden_size=1024)[1]
+    # Of twice as many bytes, and without tensor cores, a step takes longer.
+    wide = {"batch": 64, "hidden_size": 512}
+    assert name(dtype=torch.bfloat16, **wide)[0] == "triton"
+    assert "on paper" in name(dtype=F32, **wide)[1]
     assert choose(CELLS["LSTM"], half, CUDA, "triton", SMALL).backend == "triton"
+
+
+def test_choice_on_a_part_of_a_gpu(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_programs_at_once", lambda _: 14)
+    choice = choose(CELLS["LSTM"], F32, CUDA, sizes=SMALL)
+    assert choice.backend == "torch"
+    assert "the 16 programs of a layer cannot wait for each other" in choice.rejected["triton"]
+    assert (
+        choose(CELLS["LSTM"], F32, CUDA, sizes=SMALL._replace(hidden_size=64)).backend == "triton"
+    )
+
+
+def test_weights_of_a_projection_count() -> None:
+    for H, proj_size, as_of in (
+        (512, 0, 512),
+        (512, 16, 1024),
+        (480, 128, 512),
+        (2048, 2000, 2048),
+    ):
+        found = plans.find("cuda:90", "LSTM", "tf32", H, 4, proj_size)
+        assert found == plans.find("cuda:90", "LSTM", "tf32", as_of)
 
 
 def test_choice_on_a_gpu_of_another_kind(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,8 +485,9 @@ def compiling(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 SETUP = """
-    import types
+    import contextlib, io, types
     from dataclasses import replace
+    from fastrnn.__main__ import _table
     from fastrnn.kernels.triton import aot, plans, sequence
     from fastrnn.kernels.triton.aot import Request, measure
     from fastrnn.kernels.triton.plans import program, resident, streaming
@@ -470,6 +537,9 @@ def test_budgets_can_break() -> None:
     print(problems("cuda:90", "LSTM", "16-bit", 2048, "forward", resident(16, 64, 1, 4)))
     print(problems("cuda:90", "LSTM", "16-bit", 2048, "forward", streaming(16, 64, 1, 4)))
     print(problems("cuda:90", "LSTM", "ieee", 64, "forward", program(8)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = _table([Request("cuda:90", "LSTM", "ieee", 64, "forward", program(8))], 1)
+    assert status == 1
     request = Request("cuda:90", "GRU", "16-bit", 256, "forward", streaming(16, 64, 1, 4))
     (one, made), = aot.compiled(request)
     def seen(**changed):

@@ -41,7 +41,7 @@ def rnn_tanh_backward(v, h_before, s, h, dh, ds, apart, dpre, H):
         a = load(h, j)
         d = load(dh, j)
         store(dpre, j, d * (1.0 - a * a))
-        store(dh, j, d * 0.0)
+        store(dh, j, 0.0)
 
 
 def rnn_relu_forward(gx, gh, h, s, apart, y, v, H):
@@ -55,7 +55,7 @@ def rnn_relu_backward(v, h_before, s, h, dh, ds, apart, dpre, H):
     for j in range(0, H, lanes(v)):
         d = load(dh, j)
         store(dpre, j, where_less(0.0, load(h, j), d, 0.0))
-        store(dh, j, d * 0.0)
+        store(dh, j, 0.0)
 
 
 def lstm_forward(gx, gh, h, s, apart, y, v, H):
@@ -87,7 +87,7 @@ def lstm_backward(v, h_before, s, h, dh, ds, apart, dpre, H):
         store(dpre, H + j, e * c * f * (1.0 - f))
         store(dpre, 2 * H + j, e * i * (1.0 - g * g))
         store(dpre, 3 * H + j, d * t * o * (1.0 - o))
-        store(dh, j, d * 0.0)
+        store(dh, j, 0.0)
         store(ds, j, e * f)
 
 

@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrnn.cells import Cell
+from fastrnn.cells import Cell, State, Weights
 from fastrnn.kernels.numba import cells, sequence
 from fastrnn.kernels.numba.simd import PANEL, Vector
 from fastrnn.kernels.padding import (
     Numbers,
-    State,
-    Weights,
     numbers,
     own_rows,
     own_states,
@@ -98,7 +96,7 @@ def _offsets(sizes: Numbers, batch_sizes: Tensor | None) -> Tensor:
         ValueError: the steps have not N rows together, or one has more than the one before.
     """
     if batch_sizes is None:
-        dense: Tensor = torch.arange(sizes.T + 1) * sizes.B
+        dense: Tensor = torch.arange(sizes.T + 1, device="cpu") * sizes.B
         return dense
     offsets = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)])
     allowed = torch.cat([batch_sizes.new_full((1,), sizes.B), batch_sizes[:-1]])

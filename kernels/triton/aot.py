@@ -66,6 +66,11 @@ class Request:
     def cell(self) -> Cell:
         return CELLS[self.mode]
 
+    @property
+    def proj_size(self) -> int:
+        """Half of H, in whole tiles."""
+        return self.H // 32 * 16 if "projected" in self.options else 0
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -120,8 +125,8 @@ def compiled(request: Request) -> list[tuple[launch.Launch, Any]]:
 
     cell, H = request.cell, request.H - ("odd" in request.options)
     dtype = torch.float16 if "float16" in request.options else PRECISIONS[request.precision]
-    projected = "projected" in request.options
-    T, B, D, G, P = 3, 16, 1, len(cell.gates), H // 2 if projected else H
+    projected = request.proj_size > 0
+    T, B, D, G, P = 3, 16, 1, len(cell.gates), request.proj_size or H
 
     def some(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -364,7 +369,11 @@ def requests(
     for architecture in architectures:
         for mode in modes:
             for precision in precisions:
+                G = len(CELLS[mode].gates)
                 for H in BUCKETS:
+                    if "projected" in options and BUCKETS[-1] > H:
+                        # The largest of which find() says that it is this row's.
+                        H = 2 * G * H // (2 * G + 1) // 16 * 16
                     plans = find(architecture, mode, precision, H)
                     for which, plan in zip(PASSES, plans or (), strict=False):
                         request = Request(architecture, mode, precision, H, which, plan, options)

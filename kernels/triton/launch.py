@@ -11,11 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastrnn.cells import Cell
+from fastrnn.cells import Cell, State, Weights
 from fastrnn.kernels.padding import (
     Numbers,
-    State,
-    Weights,
     numbers,
     own_rows,
     own_states,
@@ -63,7 +61,7 @@ def _offsets(batch_sizes: Tensor | None, like: Tensor) -> Tensor:
     """The first row of each step, and where the last ends; anything in a dense batch."""
     if batch_sizes is None:
         return like
-    offsets = torch.zeros(len(batch_sizes) + 1, dtype=torch.int64)
+    offsets = torch.zeros(len(batch_sizes) + 1, dtype=torch.int64, device="cpu")
     torch.cumsum(batch_sizes, 0, out=offsets[1:])
     if like.is_cuda:
         return offsets.pin_memory().to(like.device, non_blocking=True)
@@ -94,9 +92,11 @@ def _launches(
     x = tensors[0]
     B, H, P, D = sizes.B, sizes.H, sizes.P, sizes.D
     groups = D * triton.cdiv(B, plan.rows)
-    programs, units, elements = triton.cdiv(H, plan.units or H), plan.units, plan.units
+    programs, units, elements = plan.programs(H), plan.units, plan.units
+    wider = (sizes.own_H, sizes.own_P) != (H, P)
     if plan.sync == "program":
         units, elements = (max(16, triton.next_power_of_2(n)) for n in (H, P))
+        wider |= (units, elements) != (H, P)
     elif plan.sync == "grid" and (INTERPRETED or programs > target.programs_at_once):
         # The interpreter runs one program after another: none can wait for one that comes later.
         plan = plan.apart()
@@ -109,7 +109,7 @@ def _launches(
     dot = tl.float32 if INTERPRETED else _DOT[x.dtype]
     constants |= dict(
         PROJECTED=len(parts) == 2,
-        PADDED=(sizes.own_H, sizes.own_P) != (sizes.H, sizes.P),
+        PADDED=wider,
         SYNC=plan.sync,
         RESIDENT=plan.resident,
         BB=plan.rows,
@@ -140,6 +140,7 @@ def _launches(
         for first, end in steps:
             for part in parts:
                 grid = (programs, min(wave, groups - group))
+                # In the order of the kernels' parameters.
                 args = (*tensors, counters, group, first, end, *sizes)
                 yield Launch(kernel, grid, args, constants | dict(PART=part))
 

@@ -15,10 +15,12 @@ import torch
 
 __all__ = [
     "BUCKETS",
+    "DEVICES",
     "LIMITS",
     "MODES",
     "Plan",
     "Plans",
+    "Step",
     "Target",
     "find",
     "precision",
@@ -54,9 +56,13 @@ class Plan:
     warps: int
     rows: int = 16
 
+    def programs(self, H: int) -> int:
+        """How many share a layer's units."""
+        return 1 if self.sync == "program" else -(-H // self.units)
+
     def apart(self) -> Plan:
-        """With a launch for each step and small tiles, where not all programs fit on the device."""
-        return replace(self, sync="launch", resident=False, depth=16)
+        """With a launch for each step and small tiles, where programs do not fit on the device."""
+        return replace(self, sync="launch", resident=False, units=self.units or 16, depth=16)
 
     def __str__(self) -> str:
         if self.sync == "program":
@@ -144,69 +150,114 @@ def precision(dtype: torch.dtype, hip: bool) -> str:
     if hip:
         return "ieee"
     # torch before 2.9 has one setting for all of cuDNN.
-    rnn = getattr(torch.backends.cudnn, "rnn", None)
-    if rnn is not None and rnn.fp32_precision != "none":
-        return "tf32" if rnn.fp32_precision == "tf32" else "ieee"
-    return "tf32" if rnn is None and torch.backends.cudnn.allow_tf32 else "ieee"
+    setting = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
+    if setting is None:
+        setting = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if setting == "tf32" else "ieee"
 
 
 @cache
-def find(architecture: str, mode: str, precision: str, H: int) -> Plans | None:
-    """The plans of a row of the table; None if there is none."""
+def find(
+    architecture: str, mode: str, precision: str, H: int, gates: int = 1, proj_size: int = 0
+) -> Plans | None:
+    """The plans of a row of the table; None if there is none.
+
+    The weights of a projection stay with a program too, so they count like more units; where
+    weights are read at every step, all have room.
+    """
     from fastrnn.kernels.triton.table import TABLE
 
+    most = BUCKETS[-1]
+    if most >= H:
+        H = min(most, H + -(-proj_size // gates))
     bucket = next((b for b in BUCKETS if b >= H), None)
     plans: Plans | None = TABLE.get((architecture, family(mode), precision, bucket))
     return plans
 
 
 class Device(NamedTuple):
-    """What a step cannot be faster than; bytes and flops a second, seconds.
+    """What data sheets say of a GPU.
 
     Attributes:
-        shared: bandwidth of one processor's shared memory.
-        ingest: what one processor can read from L2.
-        cache: what all read from L2 together.
-        flops: of all processors, 16-bit products.
-        barrier: from a store in one processor to a load in another, and back.
-        launch: between dependent kernels of a graph.
+        clock: cycles a second.
+        flops: of a processor and cycle, by the precision of products.
     """
 
     processors: int
-    shared: float
-    ingest: float
-    cache: float
-    flops: float
-    barrier: float
-    launch: float
+    clock: float
+    flops: dict[str, int]
 
 
-# Processors, clock and flops of the H100 SXM's data sheet; the rest is assumed: 128 bytes a cycle
-# of 1.75 GHz from shared memory, 64 from L2.
-H100 = Device(132, 128 * 1.75e9, 64 * 1.75e9, 5.5e12, 990e12, 0.7e-6, 2e-6)
+# Assumed of all of them. Bytes a cycle and processor: from its own memory, from L2, and from L2 if
+# all read at once. Seconds: from a store in one processor to a load in another and back, and
+# between kernels of a graph.
+SHARED, INGEST, CACHE = 128, 64, 24
+BARRIER, LAUNCH = 0.7e-6, 2e-6
+
+# A100 SXM, H100 SXM, B200, MI300X.
+DEVICES = {
+    "cuda:80": Device(108, 1.41e9, {"16-bit": 2048, "tf32": 1024, "ieee": 128}),
+    "cuda:90": Device(132, 1.83e9, {"16-bit": 4096, "tf32": 2048, "ieee": 256}),
+    "cuda:100": Device(148, 1.85e9, {"16-bit": 8192, "tf32": 4096, "ieee": 256}),
+    "hip:gfx942": Device(304, 2.1e9, {"16-bit": 2048, "ieee": 256}),
+}
 
 
-def least_time(plan: Plan, gates: int, H: int, B: int, device: Device) -> dict[str, float]:
-    """Seconds of a forward step of 16-bit weights on paper, by what they are spent on."""
-    groups = -(-B // plan.rows)
-    programs = 1 if plan.sync == "program" else -(-H // plan.units)
-    at_once = max(1, min(groups, device.processors // programs))
-    waves = -(-groups // at_once)
-    weights, h = 2.0 * gates * H * H, 2.0 * plan.rows * H
-    if plan.resident:
-        weights_take = weights / programs / device.shared
-    else:
-        weights_take = at_once * weights / device.cache
-    h_takes = 0.0
-    if plan.sync != "program":
-        h_takes = max(h / device.ingest, at_once * programs * h / device.cache)
-    multiply = 2.0 * plan.rows * gates * H * H / programs * device.processors / device.flops
-    barrier = 0.0 if plan.sync == "program" else device.barrier
-    parts = {"weights": weights_take, "h": h_takes, "products": multiply, "barrier": barrier}
-    return {name: waves * seconds for name, seconds in parts.items()}
+class Step(NamedTuple):
+    """A step of a layer on paper, forward; in reverse the same weights meet as many sequences.
 
+    Attributes:
+        B: sequences, of all directions.
+    """
 
-def launched_time(gates: int, H: int, B: int, device: Device) -> float:
-    """A step that is launched, reads its weights from L2, and is otherwise perfect."""
-    weights, flops = 2.0 * gates * H * H, 2.0 * B * gates * H * H
-    return device.launch + max(weights / device.cache, flops / device.flops)
+    gates: int
+    H: int
+    proj_size: int
+    B: int
+    precision: str
+
+    @property
+    def weights(self) -> int:
+        """Elements that a sequence is multiplied with."""
+        return self.gates * self.H * (self.proj_size or self.H) + self.proj_size * self.H
+
+    @property
+    def meetings(self) -> int:
+        return 2 if self.proj_size else 1
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.precision == "16-bit" else 4
+
+    def least_time(self, plan: Plan, device: Device) -> dict[str, float]:
+        """Seconds by a plan, by what they are spent on."""
+        groups, programs = -(-self.B // plan.rows), plan.programs(self.H)
+        at_once = max(1, min(groups, device.processors // programs))
+        waves = -(-groups // at_once)
+        weights = self.itemsize * self.weights
+        if plan.resident:
+            weights_take = weights / programs / (SHARED * device.clock)
+        else:
+            weights_take = at_once * weights / (device.processors * CACHE * device.clock)
+        h_takes = 0.0
+        if plan.sync != "program":
+            # What each meeting passes on, to every program.
+            passed = plan.rows * ((self.proj_size or self.H) + self.H * (self.meetings - 1))
+            bandwidth = min(INGEST, device.processors * CACHE / (at_once * programs))
+            h_takes = self.itemsize * passed / (bandwidth * device.clock)
+        flops = 2.0 * plan.rows * self.weights / programs
+        parts = {
+            "weights": weights_take,
+            "h": h_takes,
+            "products": flops / (device.flops[self.precision] * device.clock),
+            "barrier": 0.0 if plan.sync == "program" else self.meetings * BARRIER,
+        }
+        return {name: waves * seconds for name, seconds in parts.items()}
+
+    def launched_time(self, device: Device) -> float:
+        """Seconds if it is launched, reads its weights from L2, and is otherwise perfect."""
+        cycles = max(
+            self.itemsize * self.weights / CACHE,
+            2.0 * self.B * self.weights / device.flops[self.precision],
+        )
+        return float(self.meetings * LAUNCH + cycles / (device.processors * device.clock))

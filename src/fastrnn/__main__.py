@@ -105,7 +105,7 @@ def _plans(requests: list[Request], jobs: int) -> int:
 
 def _paper() -> int:
     """Print what a step of a 16-bit LSTM costs an H100 at least."""
-    from fastrnn.kernels.triton.plans import BUCKETS, H100, find, launched_time, least_time
+    from fastrnn.kernels.triton.plans import BUCKETS, DEVICES, Step, find
 
     parts = ("weights", "h", "products", "barrier")
     print(f"| H | B | plan | {' | '.join(parts)} | sum | launched |")
@@ -114,8 +114,9 @@ def _paper() -> int:
         for B in (16, 64, 256):
             found = find("cuda:90", "LSTM", "16-bit", H)
             assert found
-            cost = least_time(found.forward, 4, H, B, H100)
-            shown = [cost[p] for p in parts] + [sum(cost.values()), launched_time(4, H, B, H100)]
+            step, device = Step(4, H, 0, B, "16-bit"), DEVICES["cuda:90"]
+            cost = step.least_time(found.forward, device)
+            shown = [cost[p] for p in parts] + [sum(cost.values()), step.launched_time(device)]
             row = " | ".join(f"{1e6 * seconds:.2f}" for seconds in shown)
             print(f"| {H} | {B} | {found.forward} | {row} |")
     return 0
@@ -200,7 +201,8 @@ def main() -> int:
         nargs="+",
         action="append",
         default=[],
-        help="compile what inference, packed, projected and float16 change, together; once more "
+        help="compile what inference, packed, projected, odd (an H that is no multiple of 16) and "
+        "float16 change, together; once more "
         "for other kernels (default: that which trains a dense layer)",
     )
     aot.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn.backends import Backend, State, Weights
-from fastrnn.cells import Cell
+from fastrnn.backends import Backend
+from fastrnn.cells import Cell, State, Weights
 
 __all__ = ["layer"]
 

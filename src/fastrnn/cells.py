@@ -45,9 +45,28 @@ from functools import cached_property
 
 from torch import Tensor
 
-__all__ = ["CELLS", "GRU", "LSTM", "RNN_RELU", "RNN_TANH", "Cell", "register"]
+__all__ = [
+    "CELLS",
+    "GRU",
+    "LSTM",
+    "RNN_RELU",
+    "RNN_TANH",
+    "Cell",
+    "State",
+    "Weights",
+    "register",
+]
 
 Values = Sequence[Tensor]
+
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""``w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H]`` of one direction."""
+
+State = tuple[Tensor, ...]
+"""One tensor per state of the cell: ``h [D, B, P]``, and the others ``[D, B, H]``.
+
+Where a call is one step of a cell, they have no D.
+"""
 
 
 @dataclass(frozen=True, eq=False)  # a cell is itself alone, and quick to look up

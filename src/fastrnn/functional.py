@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastrnn.autograd import layer
-from fastrnn.backends import Backend, Sizes, Stacks, State, Weights
-from fastrnn.cells import Cell
+from fastrnn.backends import Backend, Sizes, Stacks
+from fastrnn.cells import Cell, State, Weights
 from fastrnn.dispatch import pick
 
 __all__ = ["check_batch_sizes", "rnn", "sizes_of", "step"]
@@ -141,7 +141,7 @@ def sizes_of(
         batch,
         input.shape[-1],
         w_hh.shape[:1].numel() // len(cell.gates),
-        w_hr is not None,
+        0 if w_hr is None else w_hr.shape[0],
         packed,
     )
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import functional
-from fastrnn.backends import State, Weights
-from fastrnn.cells import CELLS, Cell
+from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.dispatch import Choice, choose
 
 __all__ = [

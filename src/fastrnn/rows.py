@@ -40,8 +40,8 @@ def previous(out: Tensor, first: Tensor, batch_sizes: Tensor | None, reverse: bo
     # On the CPU, where the sizes are: nothing waits for a GPU.
     sizes, T = batch_sizes, batch_sizes.shape[0]
     starts = sizes.cumsum(0) - sizes
-    t = torch.repeat_interleave(torch.arange(T), sizes)
-    r = torch.arange(N) - starts[t]
+    t = torch.repeat_interleave(torch.arange(T, device="cpu"), sizes)
+    r = torch.arange(N, device="cpu") - starts[t]
     before = t + 1 if reverse else t - 1
     alive = (before >= 0) & (before < T)
     before = before.clamp(0, T - 1)

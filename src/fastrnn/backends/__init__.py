@@ -23,19 +23,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastrnn.cells import Cell
+from fastrnn.cells import Cell, State, Weights
 
-__all__ = ["Backend", "Gradients", "Sizes", "Stacks", "State", "Weights"]
-
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""``w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H]`` of one direction."""
-
-State = tuple[Tensor, ...]
-"""One tensor per state of the cell: ``h [D, B, P]``, and the others ``[D, B, H]``.
-
-Where ``x`` is one step of a cell, ``[B, I]``, they have no D.
-"""
-
+__all__ = ["Backend", "Gradients", "Sizes", "Stacks"]
 
 Gradients = tuple[Tensor | None, ...]
 """Of x, of each direction's five weights, and of the states if there are any; None: not needed."""
@@ -49,7 +39,7 @@ class Sizes(NamedTuple):
     batch: int
     input_size: int
     hidden_size: int
-    projected: bool = False
+    proj_size: int = 0
     packed: bool = False
     one_step: bool = False
 

@@ -9,8 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, Sizes, State, Weights
-from fastrnn.cells import Cell
+from fastrnn.backends import Gradients, Sizes
+from fastrnn.cells import Cell, State, Weights
 
 # torch is imported above, so that the extension finds torch's OpenMP runtime loaded and shares it.
 try:

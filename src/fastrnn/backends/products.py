@@ -16,8 +16,8 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, State, Weights
-from fastrnn.cells import Cell
+from fastrnn.backends import Gradients
+from fastrnn.cells import Cell, State, Weights
 from fastrnn.rows import previous
 
 __all__ = ["Recurrence", "gradients", "in_own_dtype"]
@@ -54,6 +54,23 @@ class Recurrence(NamedTuple):
     dh: Tensor | None
 
 
+ROWS = 128
+"""A product sums so many rows before it adds them to the others."""
+
+MOST_ROWS = 16 * ROWS
+"""With more rows, torch.nn's sum over the steps has as long a chain of roundings as a product's."""
+
+
+def _of_all_rows(d: Tensor, a: Tensor) -> Tensor:
+    """``d^T a``. MKL sums some 400 rows in float32 one after the other: more than a step has."""
+    if d.dtype != torch.float32 or not d.is_cpu or not ROWS < len(d) <= MOST_ROWS:
+        return d.t() @ a
+    total = d[:ROWS].t() @ a[:ROWS]
+    for k in range(ROWS, len(d), ROWS):
+        total.addmm_(d[k : k + ROWS].t(), a[k : k + ROWS])
+    return total
+
+
 def gradients(
     cell: Cell,
     x: Tensor,
@@ -85,11 +102,11 @@ def gradients(
         dw_hh = dw_hr = None
         if need_w_hh:
             h0 = h.new_zeros(batch, P) if state is None else state[0].view(D, batch, P)[d]
-            dw_hh = dgh.t() @ previous(h[:, d], h0, batch_sizes, d == 1)
+            dw_hh = _of_all_rows(dgh, previous(h[:, d], h0, batch_sizes, d == 1))
         if need_w_hr and w_hr is not None and dh is not None:
-            dw_hr = dh[d].t() @ saved[d, :, -1]
+            dw_hr = _of_all_rows(dh[d], saved[d, :, -1])
         results += [
-            dgx.t() @ x.flatten(0, -2) if need_w_ih else None,
+            _of_all_rows(dgx, x.flatten(0, -2)) if need_w_ih else None,
             dw_hh,
             dgx.sum(0) if need_b_ih else None,
             dgh.sum(0) if need_b_hh else None,

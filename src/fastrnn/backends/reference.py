@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrnn.backends import Gradients, Sizes, State, Weights
+from fastrnn.backends import Gradients, Sizes
 from fastrnn.backends.products import Recurrence, gradients, in_own_dtype
-from fastrnn.cells import Cell
+from fastrnn.cells import Cell, State, Weights
 from fastrnn.rows import previous, steps
 
 __all__ = [

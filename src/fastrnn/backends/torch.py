@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Sizes, State, Weights
+from fastrnn.backends import Sizes
 from fastrnn.backends.products import in_own_dtype
-from fastrnn.cells import Cell
+from fastrnn.cells import Cell, State, Weights
 
 __all__ = ["CHECKS", "STACKS", "describe", "empty_cache", "missing", "refuses", "rnn", "step"]
 

@@ -10,16 +10,18 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, Sizes, State, Weights
+from fastrnn.backends import Gradients, Sizes
 from fastrnn.backends.products import Recurrence, gradients, in_own_dtype
-from fastrnn.cells import Cell
+from fastrnn.cells import Cell, State, Weights
 from fastrnn.kernels.triton import plans
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
 
 CHECKS = False
 STACKS = False
+
+_R = TypeVar("_R")
 
 
 def _version() -> tuple[int, ...] | None:
@@ -78,7 +82,7 @@ def _programs_at_once(index: int) -> int:
 
 
 def _find(
-    cell: Cell, dtype: torch.dtype, device: torch.device, H: int
+    cell: Cell, dtype: torch.dtype, device: torch.device, H: int, proj_size: int
 ) -> tuple[plans.Plans | None, str, plans.Target]:
     """The plans of a layer, the architecture they are for, and what runs them."""
     if device.type == "cpu":
@@ -89,7 +93,8 @@ def _find(
         architecture, at_once = _architecture(index), _programs_at_once(index)
     amd = architecture.startswith("hip")
     target = plans.Target(plans.precision(dtype, amd), at_once, amd)
-    return plans.find(architecture, cell.mode, target.precision, H), architecture, target
+    row = (architecture, cell.mode, target.precision, H, len(cell.gates), proj_size)
+    return plans.find(*row), architecture, target
 
 
 def refuses(
@@ -104,10 +109,10 @@ def refuses(
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}"
     most = plans.BUCKETS[-1]
-    H = sizes.hidden_size if sizes else 1
+    H, proj_size = (sizes.hidden_size, sizes.proj_size) if sizes else (1, 0)
     if most < H:
         return f"no plan divides a layer of hidden_size {H}: expected at most {most}"
-    found, architecture, target = _find(cell, dtype, device, H)
+    found, architecture, target = _find(cell, dtype, device, H, proj_size)
     if found is None:
         if cell.mode not in plans.MODES:
             return f"there is no kernel for the cell {cell.mode}"
@@ -115,25 +120,48 @@ def refuses(
     if automatic and device.type == "cpu":
         return "the interpreter is for tests"
     if automatic and sizes is not None:
-        if sizes.one_step:
-            return "a cell of one step is two products and one kernel in torch"
-        if _cudnn_persists(cell, dtype, sizes):
-            return (
-                "cuDNN keeps the weights of such a layer on the chip: float16, one layer, one "
-                "direction, sizes that are multiples of 128, and a batch of at most 128"
-            )
-        gates, D = len(cell.gates), sizes.directions
-        ours = sum(plans.least_time(found.forward, gates, H, D * sizes.batch, plans.H100).values())
-        theirs = D * plans.launched_time(gates, H, sizes.batch, plans.H100)
-        if ours > theirs:
-            return (
-                f"on paper a step takes {1e6 * ours:.1f} µs, and one that is launched and reads "
-                f"its weights from the L2 cache {1e6 * theirs:.1f}"
-            )
+        return _slower(cell, dtype, sizes, found, architecture, target)
     return None
 
 
-def _cudnn_persists(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> bool:
+def _slower(
+    cell: Cell,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    found: plans.Plans,
+    architecture: str,
+    target: plans.Target,
+) -> str | None:
+    """Why torch's own operator is likely faster; None if it is not."""
+    if sizes.one_step:
+        return "a cell of one step is two products and one kernel in torch"
+    if _cudnn_persists(cell, dtype, sizes, target):
+        return (
+            "cuDNN keeps the weights of such a layer on the chip: float16, one layer, one "
+            "direction, sizes that are multiples of 128, and a batch of at most 128"
+        )
+    at_once, programs = target.programs_at_once, max(p.programs(sizes.hidden_size) for p in found)
+    if programs > at_once:
+        return (
+            f"the {programs} programs of a layer cannot wait for each other on a device of "
+            f"{at_once} processors, and a launch for each step takes longer"
+        )
+    D, device = sizes.directions, plans.DEVICES[architecture]._replace(processors=at_once)
+    step = plans.Step(
+        len(cell.gates), sizes.hidden_size, sizes.proj_size, sizes.batch, target.precision
+    )
+    both = step._replace(B=D * sizes.batch)
+    ours = sum(seconds for plan in found for seconds in both.least_time(plan, device).values())
+    theirs = len(found) * D * step.launched_time(device)
+    if ours > theirs:
+        return (
+            f"on paper a step and its reverse take {1e6 * ours:.1f} µs, and if they are launched "
+            f"and read the weights from the L2 cache {1e6 * theirs:.1f}"
+        )
+    return None
+
+
+def _cudnn_persists(cell: Cell, dtype: torch.dtype, sizes: Sizes, target: plans.Target) -> bool:
     """After ATen's ``use_persist_common_heuristics`` and ``use_persist_device_heuristics``."""
     return (
         torch.version.hip is None
@@ -141,11 +169,13 @@ def _cudnn_persists(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> bool:
         and cell.mode != "GRU"
         and sizes.layers == sizes.directions == 1
         and not sizes.packed
-        and not sizes.projected
+        and not sizes.proj_size
+        and target.programs_at_once >= 98
         and sizes.hidden_size <= 1024
         and sizes.hidden_size % 128 == sizes.input_size % 128 == 0
         and sizes.batch <= 128
         and sizes.batch % 8 == 0
+        and (cell.mode == "LSTM" or sizes.batch < 96 or sizes.hidden_size < 896)
     )
 
 
@@ -163,11 +193,30 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _plans(cell: Cell, x: Tensor, weights: Sequence[Weights]) -> tuple[plans.Plans, plans.Target]:
-    H = weights[0][1].shape[0] // len(cell.gates)
-    found, architecture, target = _find(cell, x.dtype, x.device, H)
+    _, w_hh, *_, w_hr = weights[0]
+    H = w_hh.shape[0] // len(cell.gates)
+    proj_size = 0 if w_hr is None else w_hr.shape[0]
+    found, architecture, target = _find(cell, x.dtype, x.device, H, proj_size)
     if found is None:
         raise RuntimeError(f"no plan for {cell.mode}, hidden_size {H}, on {architecture}")
     return found, target
+
+
+def _launched(plan: plans.Plan, layer: Callable[[plans.Plan], _R]) -> _R:
+    """A layer by a plan; step by step, in small tiles, if its kernel takes more than there is."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return layer(plan)
+    except OutOfResources as error:
+        warnings.warn(
+            f"triton {importlib.metadata.version('triton')} makes a kernel of the plan {plan} that "
+            f"this device cannot run ({error}): each step is launched by itself, which is slow. "
+            "Please report this to fastrnn",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return layer(plan.apart())
 
 
 @in_own_dtype
@@ -183,11 +232,15 @@ def forward(
     from fastrnn.kernels.triton import launch
 
     (plan, _), target = _plans(cell, x, weights)
-    with _on(x):
+
+    def layer(plan: plans.Plan) -> tuple[Tensor, State, Tensor | None]:
         result: tuple[Tensor, State, Tensor | None] = launch.forward(
             plan, target, cell, x, weights, state, batch_sizes, batch, save, launch.run
         )
         return result
+
+    with _on(x):
+        return _launched(plan, layer)
 
 
 @in_own_dtype
@@ -208,8 +261,11 @@ def backward(
 
     (_, plan), target = _plans(cell, x, weights)
     layer = (cell, x, weights, state, batch_sizes, batch, out)
+
+    def reverse(plan: plans.Plan) -> Recurrence:
+        return Recurrence(*launch.backward(plan, target, *layer, saved, dout, dfinal, launch.run))
+
     with _on(x):
-        found = launch.backward(plan, target, *layer, saved, dout, dfinal, launch.run)
-        recurrence = Recurrence(*found)
+        recurrence = _launched(plan, reverse)
         own = saved[..., : recurrence.dpre.shape[-1]]
         return gradients(*layer, own, needed, recurrence)
