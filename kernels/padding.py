@@ -66,18 +66,25 @@ def padded(tensor: Tensor, *sizes: int) -> Tensor:
 
 def padded_gates(cell: Cell, rows: Tensor, H: int, *columns: int) -> Tensor:
     """A weight or bias of all gates, ``[G * H, *columns]``."""
-    return padded(rows.unflatten(0, (len(cell.gates), -1)), H, *columns).flatten(0, 1)
+    G = len(cell.gates)
+    if rows.shape == (G * H, *columns):
+        return rows
+    return padded(rows.unflatten(0, (G, -1)), H, *columns).flatten(0, 1)
 
 
 def padded_rows(rows: Tensor, D: int, P: int) -> Tensor:
     """Rows ``[*, D * P]`` of an output or its gradient."""
+    if rows.shape[-1] == D * P:
+        return rows.contiguous()
     return padded(rows.unflatten(-1, (D, -1)), P).flatten(-2).contiguous()
 
 
 def own_rows(rows: Tensor, D: int, P: int) -> Tensor:
     """The layer's own elements of such rows."""
-    own = rows.unflatten(-1, (D, -1))
-    return rows if own.shape[-1] == P else own[..., :P].flatten(-2).contiguous()
+    if rows.shape[-1] == D * P:
+        return rows
+    own: Tensor = rows.unflatten(-1, (D, -1))[..., :P].flatten(-2).contiguous()
+    return own
 
 
 def running(
@@ -89,8 +96,9 @@ def running(
 ) -> tuple[Tensor, Tensor]:
     """h ``[D, B, P]`` and the other states ``[S - 1, D, B, H]``, to be changed; None is zero."""
     B, H, P, D = sizes.B, sizes.H, sizes.P, sizes.D
+    S = len(cell.states)
     h = like.new_zeros(D, B, P, dtype=dtype)
-    s = like.new_zeros(len(cell.states) - 1, D, B, H, dtype=dtype)
+    s = like.new_zeros(S - 1, D, B, H, dtype=dtype) if S > 1 else like.new_empty(0, dtype=dtype)
     for into, value in zip((h, *s), given or (), strict=False):
         if value is not None:
             into[..., : value.shape[-1]] = value.reshape(D, B, value.shape[-1])
@@ -98,9 +106,12 @@ def running(
 
 
 def own_states(h: Tensor, s: Tensor, sizes: Numbers, dtype: torch.dtype, directions: bool) -> State:
-    """States as results: no views, which could not be edited in place."""
-    found = (h[..., : sizes.own_P], *s[..., : sizes.own_H])
+    """States as results, of which there may be one more dimension; nobody else may have ``h``.
+
+    None is a view: those cannot be edited in place.
+    """
     form = torch.contiguous_format
-    return tuple(
-        (r if directions else r[0]).to(dtype, copy=True, memory_format=form) for r in found
-    )
+    found = [r[..., : sizes.own_H].to(dtype, copy=True, memory_format=form) for r in s]
+    if h.dtype != dtype or sizes.own_P != sizes.P:
+        h = h[..., : sizes.own_P].to(dtype, copy=True, memory_format=form)
+    return tuple(r if directions else r.squeeze_(0) for r in (h, *found))

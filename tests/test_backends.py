@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -297,6 +299,40 @@ def test_tensors_of_another_default_device(layout: str, backend: str) -> None:
     with torch.device("meta"):
         actual = evaluate(m, case, d, backend)
     assert_equal(actual, expected)
+
+
+@pytest.mark.skipif("numba" not in runnable(), reason="numba is not installed")
+@modes
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+@pytest.mark.parametrize("T,B,H", [(1, 1, 16), (1, 3, 17), (5, 1, 33), (5, 3, 16)])
+def test_numba_writes_within_its_tensors(
+    mode: str, layout: str, T: int, B: int, H: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels know addresses only: each tensor made for them stands between guards here."""
+    if load("numba").refuses(CELLS[mode], F32, torch.device("cpu")):
+        pytest.skip("there is no kernel for the cell")
+    guarded: list[Tensor] = []
+
+    def make(like: Tensor, *shape: int, value: float, **kwargs: Any) -> Tensor:
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = math.prod(shape)
+        whole = torch.full((count + 128,), 7.0, dtype=like.dtype)
+        whole[64 : 64 + count] = value
+        guarded.append(whole)
+        return whole[64 : 64 + count].view(shape)
+
+    case = Case(mode, 1, 2, True, layout, CELLS[mode].projectable and H % 2 > 0, True, T, B, 5, H)
+    d, m = data(case, F32), ours(case, F32)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", partialmethod(make, value=math.nan))
+        patch.setattr(Tensor, "new_zeros", partialmethod(make, value=0.0))
+        actual = evaluate(m, case, d, "numba")
+        with torch.no_grad(), fastrnn.use_backend("numba"):
+            call(m, case, shaped(case, d.x), d.lengths, d.hx)
+    assert len(guarded) > 4
+    for whole in guarded:
+        assert (whole[:64] == 7).all() and (whole[-64:] == 7).all()
+    assert_near(actual, evaluate(m.double(), case, d.to(F64), "reference"), F32)
 
 
 @fast

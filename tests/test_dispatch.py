@@ -199,7 +199,7 @@ def test_environment_unrunnable() -> None:
     result = run_python(code, FASTRNN_BACKEND="cpp")
     assert result.returncode == 1
     assert "BackendError" in result.stderr
-    assert "fastrnn._cpp could not be imported" in result.stderr
+    assert "installed without its extension fastrnn._cpp" in result.stderr
 
 
 @pytest.mark.parametrize("without,next_one", [("", "numba"), ("numba", "torch")])
@@ -207,11 +207,32 @@ def test_without_the_extension_the_next_backend_runs(without: str, next_one: str
     code = WITHOUT_CPP + "m, x = fastrnn.LSTM(3, 4), torch.randn(5, 2, 3)\n"
     if without:
         code += "import importlib.util; importlib.util.find_spec = lambda name, *_: None\n"
-    code += "m(x)[0].sum().backward(); print(fastrnn.explain(m, x))"
+    code += "print(fastrnn.explain(m, x)); m(x)[0].sum().backward(); fastrnn.GRUCell(3, 4)(x[0])"
     result = run_python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{next_one}: automatic choice")
-    assert "not cpp: the extension fastrnn._cpp could not be imported" in result.stdout
+    assert "not cpp: fastrnn was installed without its extension fastrnn._cpp" in result.stdout
+    assert result.stderr.count("RuntimeWarning: fastrnn runs without its C++ backend") == 1
+    assert ("pip install fastrnn[numba]" in result.stderr) == bool(without)
+
+
+@pytest.mark.skipif(load("numba").missing() is not None, reason="numba is not installed")
+def test_numba_leaves_to_torch_what_torch_does_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load("cpp"), "_missing", "no compiler")
+
+    def chosen(layer: Any, *shape: int) -> str:
+        return fastrnn.explain(
+            layer, torch.randn(shape, dtype=next(layer.parameters()).dtype)
+        ).backend
+
+    assert chosen(fastrnn.LSTM(3, 64), 5, 8, 3) == "numba"
+    assert chosen(fastrnn.LSTM(3, 64), 5, 9, 3) == "torch"
+    assert chosen(fastrnn.LSTM(3, 64, dtype=torch.float64), 5, 9, 3) == "numba"
+    assert chosen(fastrnn.LSTM(3, 64, proj_size=5), 5, 9, 3) == "numba"
+    assert chosen(fastrnn.GRU(3, 64), 5, 9, 3) == "numba"
+    assert chosen(fastrnn.GRU(3, 64, batch_first=True), 5, 1, 3) == "torch"
+    assert chosen(fastrnn.GRU(3, 64), 1, 3) == "torch"
+    assert chosen(fastrnn.GRUCell(3, 64), 9, 3) == "torch"
 
 
 def test_triton_is_not_imported_for_a_tensor_on_the_cpu() -> None:

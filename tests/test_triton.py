@@ -359,7 +359,7 @@ def test_choice_on_a_gpu(a_gpu: None) -> None:
     for dtype, sizes, why in (
         (F64, {}, "got torch.float64"),
         (F32, {"hidden_size": 2049}, "no plan divides a layer of hidden_size 2049"),
-        (F32, {"one_step": True}, "a cell of one step"),
+        (F32, {"one_step": True}, "one step is"),
         (half, {}, "cuDNN keeps the weights"),
         (half, {"batch": 88, "hidden_size": 1024}, "cuDNN keeps the weights"),
         (F32, {"batch": 256, "hidden_size": 1024}, "on paper a step and its reverse take"),

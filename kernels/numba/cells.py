@@ -15,7 +15,7 @@ same. A row has H units, a multiple of the vector's lanes, of each plane:
         dh, ds          dy[0] and dy[1:] (so far ``apart``), and become ds[0] and ds[1:]
         dpre [slots]    becomes the gradient of the pre-activations
 
-They are called through a pointer, so one driver serves all of them.
+They are called by their address, so one driver serves all of them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from numba import njit, types
+from numba import cfunc, types
 
 from fastrnn.kernels.numba import MODES
 from fastrnn.kernels.numba.simd import lanes, load, sigmoid, store, tanh, where_less
 
-__all__ = ["CELLS", "compiled", "signatures"]
+__all__ = ["CELLS", "compiled"]
 
 
 def rnn_tanh_forward(gx, gh, h, s, apart, y, v, H):
@@ -133,16 +133,12 @@ CELLS = dict(
 )
 
 
-def signatures(element: types.Float) -> tuple[Any, Any]:
-    """Of the rows' forward and backward."""
-    p, i = types.CPointer(element), types.intp
-    return types.void(p, p, p, p, i, p, p, i), types.void(p, p, p, p, p, p, i, p, i)
-
-
 @cache
 def compiled(mode: str, element: types.Float) -> tuple[Any, Any]:
-    """A cell's two functions."""
+    """A cell's two functions, as C functions."""
+    p, i = types.CPointer(element), types.intp
+    signatures = types.void(p, p, p, p, i, p, p, i), types.void(p, p, p, p, p, p, i, p, i)
     return tuple(
-        njit(signature, cache=True, nogil=True, error_model="numpy")(function)
-        for signature, function in zip(signatures(element), CELLS[mode], strict=True)
+        cfunc(signature, cache=True, error_model="numpy")(function)
+        for signature, function in zip(signatures, CELLS[mode], strict=True)
     )

@@ -1,6 +1,7 @@
 """The loop over time of some sequences of one direction, forward and in reverse, for any cell.
 
-Rows are in time-major order; ``offsets [T + 1]`` has the first row of each step. H, P and the
+Rows are in time-major order; ``offsets [T + 1]`` has the first row of each step of a packed batch.
+The products with ``W_hh`` are done here, or for one step at a time by the caller. H, P and the
 columns of panels are multiples of 16, of which the layer has own_H and own_P; what else meets a
 product is zero. Addresses are of contiguous tensors, of zero's type.
 """
@@ -12,8 +13,18 @@ from typing import Any
 
 from numba import njit, types
 
-from fastrnn.kernels.numba.cells import signatures
-from fastrnn.kernels.numba.simd import PANEL, ROWS, TILES, at, lanes, load, pointer, put, store
+from fastrnn.kernels.numba.simd import (
+    PANEL,
+    ROWS,
+    TILES,
+    at,
+    call,
+    lanes,
+    load,
+    pointer,
+    put,
+    store,
+)
 
 __all__ = ["compiled"]
 
@@ -59,20 +70,28 @@ def add(to, source, count):
         store(to, j, load(to, j) + load(source, j))
 
 
+@njit
+def rows_of(offsets, packed, step, reverse, T, B, begin, end):
+    """Of a step the first row of sequences ``begin`` to ``end``, and how many have it."""
+    t = T - 1 - step if reverse else step
+    if not packed:
+        return t * B + begin, end - begin
+    return offsets[t] + begin, min(offsets[t + 1] - offsets[t], end) - begin
+
+
 def forward(
-    cell,
+    cell,  # the address of its function
     zero,
     gx,  # [N, G * H] the input's share, with its bias
-    w_hh,  # panels [*, P, width]
-    bias,  # [columns] of w_hh, zero after the G * H of the layer
+    w_hh,  # panels [*, P, width]; not touched unless ``multiply``
+    bias,  # [columns], zero after the G * H of the layer; likewise
     w_hr,  # panels [*, H, width], if projected
-    zeros,  # [columns of w_hr]
+    zeros,  # [columns_hr]
     offsets,
     h,  # [B, P] the state before the first step, and after the last
     s,  # [S - 1, D, B, H], of this direction
     out,  # [N, D, P], of this direction
     saved,  # [N, KEPT, H]: v, s[1:], m if projected; not touched unless ``save``
-    scratch,  # [rows + 1, columns + KEPT * H + columns of w_hr]
     T,
     B,
     H,
@@ -83,14 +102,20 @@ def forward(
     G,
     states,
     kept,
-    columns,
+    columns,  # of gh
     columns_hr,  # zero if not projected
     reverse,
+    packed,
     save,
+    multiply,
+    gh,  # [rows, columns] the product with W_hh: scratch, or unless ``multiply`` that of the step
+    scratch,  # [rows, H + columns_hr + KEPT * H]
     begin,
     end,
+    first_step,
+    end_step,
 ):
-    """Sequences ``begin`` to ``end``."""
+    """Some steps of sequences ``begin`` to ``end``."""
     gx = pointer(gx, zero)
     w_hh = pointer(w_hh, zero)
     bias = pointer(bias, zero)
@@ -101,19 +126,18 @@ def forward(
     s = pointer(s, zero)
     out = pointer(out, zero)
     saved = pointer(saved, zero)
-    gh = pointer(scratch, zero)
-    m = at(gh, (end - begin) * columns)
+    gh = pointer(gh, zero)
+    m = pointer(scratch, zero)
     projection = at(m, (end - begin) * H)
     unsaved = at(projection, (end - begin) * columns_hr)
     plane = D * B * H
     values = kept - (states - 1) - (columns_hr > 0)
-    for step in range(T):
-        t = T - 1 - step if reverse else step
-        first = offsets[t] + begin
-        rows = min(offsets[t + 1] - offsets[t], end) - begin
+    for step in range(first_step, end_step):
+        first, rows = rows_of(offsets, packed, step, reverse, T, B, begin, end)
         if rows <= 0:
             continue
-        product(at(h, begin * P), P, rows, w_hh, P, columns, bias, gh)
+        if multiply:
+            product(at(h, begin * P), P, rows, w_hh, P, columns, bias, gh)
         for r in range(rows):
             row = first + r
             h_r = at(h, (begin + r) * P)
@@ -123,7 +147,7 @@ def forward(
                 for k in range(states - 1):
                     copy(at(v, (values + k) * H), at(s_r, k * plane), H)
             y = at(m, r * H) if columns_hr else h_r
-            cell(at(gx, row * G * H), at(gh, r * columns), h_r, s_r, plane, y, v, H)
+            call(cell, (at(gx, row * G * H), at(gh, r * columns), h_r, s_r, plane, y, v, H))
             clear(y, own_H, H)
             if columns_hr:
                 if save:
@@ -145,7 +169,7 @@ def backward(
     out,  # [N, D, P], of this direction
     dout,  # [N, D, P], of this direction, or zero rows if not ``given``
     h0,  # [B, P]
-    w_hh,  # panels [*, G * H, width]
+    w_hh,  # panels [*, G * H, width]; not touched unless ``multiply``
     w_hr,  # panels [*, P, width], if projected
     zeros,  # [columns]
     offsets,
@@ -153,7 +177,6 @@ def backward(
     ds,  # [S - 1, D, B, H], of this direction
     dpre,  # [N, slots, H]
     dh_all,  # [N, P] the whole gradient of h, if projected
-    scratch,  # [rows, G * H + columns + columns of w_hr]
     T,
     B,
     H,
@@ -165,14 +188,21 @@ def backward(
     shared,
     states,
     kept,
-    columns,
+    columns,  # of back
     columns_hr,  # zero if not projected
     reverse,
+    packed,
     given,
+    multiply,
+    dgh,  # [rows, G * H] what W_hh is multiplied with
+    back,  # [rows, columns] the product: scratch, or unless ``multiply`` that of the turn before
+    scratch,  # [rows, columns_hr]
     begin,
     end,
+    first_turn,  # counted from the last step; in one after the first step only dh changes
+    end_turn,
 ):
-    """Sequences ``begin`` to ``end``."""
+    """Some turns of sequences ``begin`` to ``end``."""
     saved = pointer(saved, zero)
     out = pointer(out, zero)
     dout = pointer(dout, zero)
@@ -185,24 +215,31 @@ def backward(
     ds = pointer(ds, zero)
     dpre = pointer(dpre, zero)
     dh_all = pointer(dh_all, zero)
-    dgh = pointer(scratch, zero)
-    back = at(dgh, (end - begin) * G * H)
-    dm = at(back, (end - begin) * columns)
+    dgh = pointer(dgh, zero)
+    back = pointer(back, zero)
+    dm = pointer(scratch, zero)
     plane = D * B * H
     slots = 2 * G - shared
     values = kept - (states - 1) - (columns_hr > 0)
-    for step in range(T - 1, -1, -1):
-        t = T - 1 - step if reverse else step
-        first = offsets[t] + begin
-        rows = min(offsets[t + 1] - offsets[t], end) - begin
-        if rows <= 0:
-            continue
+    for turn in range(first_turn, end_turn):
+        step = T - 1 - turn
+        if turn > 0:
+            _, rows = rows_of(offsets, packed, step + 1, reverse, T, B, begin, end)
+            if multiply:
+                product(dgh, G * H, rows, w_hh, G * H, columns, zeros, back)
+            for r in range(rows):
+                dh_r = at(dh, (begin + r) * P)
+                if columns_hr:
+                    copy(dh_r, at(back, r * columns), P)
+                else:
+                    add(dh_r, at(back, r * columns), P)
+        if step < 0:
+            break
+        first, rows = rows_of(offsets, packed, step, reverse, T, B, begin, end)
         # The step before, in this direction's order.
         before, rows_before = 0, 0
         if step > 0:
-            t_before = t + 1 if reverse else t - 1
-            before = offsets[t_before] + begin
-            rows_before = offsets[t_before + 1] - before
+            before, rows_before = rows_of(offsets, packed, step - 1, reverse, T, B, begin, end)
         for r in range(rows):
             row = first + r
             dh_r = at(dh, (begin + r) * P)
@@ -222,31 +259,23 @@ def backward(
             if r < rows_before:
                 h_before = at(out, (before + r) * D * P)
             dy = at(dm, r * columns_hr) if columns_hr else dh_r
-            cell(
+            call(cell, (
                 v, h_before, at(v, values * H), at(out, row * D * P), dy, at(ds, (begin + r) * H),
                 plane, dpre_r, H,
-            )  # fmt: skip
+            ))  # fmt: skip
             dgh_r = at(dgh, r * G * H)
             copy(dgh_r, dpre_r, shared * H)
             copy(at(dgh_r, shared * H), at(dpre_r, G * H), (G - shared) * H)
             for g in range(G):
                 clear(at(dgh_r, g * H), own_H, H)
-        product(dgh, G * H, rows, w_hh, G * H, columns, zeros, back)
-        for r in range(rows):
-            dh_r = at(dh, (begin + r) * P)
-            if columns_hr:
-                copy(dh_r, at(back, r * columns), P)
-            else:
-                add(dh_r, at(back, r * columns), P)
 
 
 @cache
 def compiled(element: types.Float) -> tuple[Any, Any]:
     """The two loops over time."""
-    cell_forward, cell_backward = (types.FunctionType(s) for s in signatures(element))
     i, flag = types.intp, types.boolean
     options = {"cache": True, "nogil": True, "error_model": "numpy"}
     return (
-        njit(types.void(cell_forward, element, *[i] * 23, flag, flag, i, i), **options)(forward),
-        njit(types.void(cell_backward, element, *[i] * 26, flag, flag, i, i), **options)(backward),
+        njit(types.void(i, element, *[i] * 22, *[flag] * 4, *[i] * 6), **options)(forward),
+        njit(types.void(i, element, *[i] * 25, *[flag] * 4, *[i] * 7), **options)(backward),
     )

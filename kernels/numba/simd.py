@@ -27,6 +27,7 @@ __all__ = [
     "TILES",
     "Vector",
     "at",
+    "call",
     "exp",
     "lanes",
     "load",
@@ -127,6 +128,19 @@ def pointer(typingctx, address, like):
         return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
 
     return types.CPointer(like)(types.intp, like), codegen
+
+
+@intrinsic
+def call(typingctx, address, arguments):
+    """The C function at an address, which returns nothing."""
+
+    def codegen(context, builder, sig, args):
+        values = [builder.extract_value(args[1], k) for k in range(len(arguments))]
+        kind = ir.FunctionType(ir.VoidType(), [v.type for v in values])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, arguments), codegen
 
 
 @intrinsic

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -173,7 +174,35 @@ def _chosen(
     who: str,
 ) -> Backend | Stacks:
     choice = _choose(cell, dtype, device, sizes, name, who)
+    if name is None and device.type == "cpu":
+        _warn_without_extension()
     return cast("Backend | Stacks", load(choice.backend))
+
+
+@cache
+def _warn_without_extension() -> None:
+    problem = load("cpp").missing()
+    if problem is None:
+        return
+    fused = load("numba").missing() is None
+    warnings.warn(
+        f"fastrnn runs without its C++ backend: {problem}. "
+        + (
+            "The Numba backend stands in for it, and is slower"
+            if fused
+            else "`pip install fastrnn[numba]` brings fused kernels that need no compiler; until "
+            "then torch's own operators run"
+        )
+        + "; `python -m fastrnn info` says more",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@cache
+def sizes_matter(on_cpu: bool) -> bool:
+    """Whether a choice may depend on sizes: the C++ backend is the fastest at all of them."""
+    return not on_cpu or load("cpp").missing() is not None
 
 
 def pick(

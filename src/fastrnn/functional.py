@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from fastrnn.autograd import layer
 from fastrnn.backends import Backend, Sizes, Stacks
 from fastrnn.cells import Cell, State, Weights
-from fastrnn.dispatch import pick
+from fastrnn.dispatch import pick, sizes_matter
 
 __all__ = ["check_batch_sizes", "rnn", "sizes_of", "step"]
 
@@ -68,9 +68,10 @@ def rnn(
         if input.dim() != 2:
             raise ValueError(f"expected packed rows of 2 dimensions [N, I], got {input.dim()}")
         batch = check_batch_sizes(batch_sizes, input.shape[0])
-    sizes = None  # on which no choice on a CPU depends
-    if not input.is_cpu:
-        sizes = sizes_of(cell, input, weights, batch, batch_sizes is not None)
+        T = len(batch_sizes)
+    sizes = None
+    if sizes_matter(input.is_cpu):
+        sizes = sizes_of(cell, input, weights, batch, T, batch_sizes is not None)
     run = pick(cell, input.dtype, input.device, sizes, backend)
     if run.STACKS:
         _check_stack(cell, input, weights, hx, batch_sizes, batch)
@@ -117,8 +118,8 @@ def step(
         raise ValueError(f"expected an input of 2 dimensions [B, I], got {input.dim()}")
     batch = input.shape[0]
     sizes = None
-    if not input.is_cpu:
-        sizes = sizes_of(cell, input, ((weights,),), batch)._replace(one_step=True)
+    if sizes_matter(input.is_cpu):
+        sizes = sizes_of(cell, input, ((weights,),), batch)
     run = pick(cell, input.dtype, input.device, sizes, backend)
     if run.STACKS:
         _check(cell, input, (weights,), hx, None, batch)
@@ -131,6 +132,7 @@ def sizes_of(
     input: Tensor,
     weights: Sequence[Sequence[Weights]],
     batch: int,
+    steps: int = 1,
     packed: bool = False,
 ) -> Sizes:
     """The sizes of a stack that :mod:`fastrnn.dispatch` may ask for."""
@@ -143,6 +145,7 @@ def sizes_of(
         w_hh.shape[:1].numel() // len(cell.gates),
         0 if w_hr is None else w_hr.shape[0],
         packed,
+        steps == 1,
     )
 
 

@@ -599,14 +599,16 @@ def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Ch
         weights = module._weights()
         module._check_input(data, weights[0])
         sizes = functional.sizes_of(module._cell, data, ((weights,),), data.shape[:-1].numel())
-        sizes = sizes._replace(one_step=True)
     else:
         stack = module._weights()
         module._check_input(data, stack[0][0][0])
+        packed = False
         if isinstance(input, PackedSequence):
-            batch = int(input.batch_sizes[0])
+            packed = True
+            batch, steps = int(input.batch_sizes[0]), len(input.batch_sizes)
+        elif data.dim() == 2:
+            batch, steps = 1, len(data)
         else:
-            batch = 1 if data.dim() == 2 else data.shape[0 if module.batch_first else 1]
-        packed = isinstance(input, PackedSequence)
-        sizes = functional.sizes_of(module._cell, data, stack, batch, packed)
+            batch, steps = data.shape[:2] if module.batch_first else data.shape[1::-1]
+        sizes = functional.sizes_of(module._cell, data, stack, batch, steps, packed)
     return choose(module._cell, data.dtype, data.device, sizes=sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -17,6 +18,8 @@ try:
     from fastrnn import _cpp
 except ImportError as error:
     _missing: str | None = f"the extension fastrnn._cpp could not be imported ({error})"
+    if importlib.util.find_spec("fastrnn._cpp") is None:
+        _missing = "fastrnn was installed without its extension fastrnn._cpp"
 else:
     _missing = None
 

@@ -31,6 +31,9 @@ __all__ = [
 CHECKS = False
 STACKS = False
 
+MOST_UNITS = 512
+"""Of all sequences together, where torch has oneDNN's LSTM; as measured in docs/performance.md."""
+
 
 def missing() -> str | None:
     if importlib.util.find_spec("numba") is None:
@@ -51,6 +54,17 @@ def refuses(
         return f"expected torch.float32 or torch.float64, got {dtype}"
     if cell.mode not in MODES:
         return f"there is no kernel for the cell {cell.mode}"
+    if automatic and sizes is not None:
+        if sizes.one_step:
+            return "one step is two products and a few operators in torch"
+        dense = not sizes.packed and not sizes.proj_size
+        if cell.mode == "LSTM" and dtype is torch.float32 and dense:
+            units = sizes.batch * sizes.hidden_size
+            if units > MOST_UNITS:
+                return (
+                    f"torch's oneDNN is faster at dense float32 LSTMs of {units} units in a batch, "
+                    f"and not of {MOST_UNITS}"
+                )
     return None
 
 

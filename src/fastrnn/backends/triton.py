@@ -134,7 +134,7 @@ def _slower(
 ) -> str | None:
     """Why torch's own operator is likely faster; None if it is not."""
     if sizes.one_step:
-        return "a cell of one step is two products and one kernel in torch"
+        return "one step is two products and one kernel in torch"
     if _cudnn_persists(cell, dtype, sizes, target):
         return (
             "cuDNN keeps the weights of such a layer on the chip: float16, one layer, one "
