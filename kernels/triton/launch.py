@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastrnn.cells import Cell, State, Weights
@@ -26,7 +27,7 @@ from fastrnn.kernels.triton import sequence
 from fastrnn.kernels.triton.cells import CELLS
 from fastrnn.kernels.triton.plans import Plan, Target
 
-__all__ = ["Launch", "backward", "forward", "run"]
+__all__ = ["Launch", "OutOfResources", "backward", "forward", "run"]
 
 
 class Launch(NamedTuple):

@@ -204,11 +204,11 @@ def _plans(cell: Cell, x: Tensor, weights: Sequence[Weights]) -> tuple[plans.Pla
 
 def _launched(plan: plans.Plan, layer: Callable[[plans.Plan], _R]) -> _R:
     """A layer by a plan; step by step, in small tiles, if its kernel takes more than there is."""
-    from triton.runtime.errors import OutOfResources
+    from fastrnn.kernels.triton import launch
 
     try:
         return layer(plan)
-    except OutOfResources as error:
+    except launch.OutOfResources as error:
         warnings.warn(
             f"triton {importlib.metadata.version('triton')} makes a kernel of the plan {plan} that "
             f"this device cannot run ({error}): each step is launched by itself, which is slow. "

@@ -1,0 +1,134 @@
+"""Layers of all kinds and sizes for minutes: `make soak`.
+
+What a service does in a day: every backend, cell, layout and size in random order, several threads
+at once, children forked and joined, caches emptied. Memory must stay flat and no thread be left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from cases import LAYERS, OPTIONS, Case, data, evaluate, ours, runnable, valid
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import fastrnn
+
+MOST_GROWTH = 16 << 20
+"""Bytes that the last third's median may lie above that of the first: heaps have holes."""
+
+SAMPLES = 90
+
+
+def resident() -> int:
+    """Bytes, when all that is kept for reuse has been given back."""
+    fastrnn.empty_cache()
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if "VmRSS" in line)
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def some_case(pick: random.Random) -> Case:
+    """Sizes of all magnitudes, many small and few large."""
+    while True:
+        values = {name: pick.choice(options) for name, options in OPTIONS.items()}
+        values["mode"] = pick.choice(list(LAYERS))
+        for name, most in (("T", 120), ("B", 40), ("I", 200), ("H", 300)):
+            values[name] = max(1, int(most ** pick.random()))
+        if valid(values):
+            return Case(**values)
+
+
+def run(case: Case, backend: str, dtype: torch.dtype) -> None:
+    results = evaluate(ours(case, dtype), case, data(case, dtype), backend)
+    assert all(r.isfinite().all() for r in results.values()), case
+
+
+def in_a_child(case: Case, backend: str) -> None:
+    layer, x = LAYERS[case.mode][0](case.I, case.H), torch.randn(case.T, case.B, case.I)
+
+    def work() -> None:
+        with torch.no_grad(), fastrnn.use_backend(backend):
+            layer(x)
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0, (case, backend, child.exitcode)
+
+
+def in_threads(case: Case, backend: str, dtype: torch.dtype) -> None:
+    team = [threading.Thread(target=run, args=(case, backend, dtype)) for _ in range(3)]
+    for thread in team:
+        thread.start()
+    for thread in team:
+        thread.join()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seconds", nargs="?", type=float, default=300.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    pick = random.Random(args.seed)
+    torch.manual_seed(args.seed)
+    memory: list[tuple[float, int]] = []
+    count: Counter[str] = Counter()
+    started, before = time.monotonic(), 0
+    columns = (TextColumn("soaking"), BarColumn(), TextColumn("{task.fields[at]}"))
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+        task = progress.add_task("", total=args.seconds, at="")
+        while (now := time.monotonic() - started) < args.seconds:
+            case, backend = some_case(pick), pick.choice(runnable())
+            dtype = pick.choice([torch.float32, torch.float64])
+            torch.set_num_threads(pick.choice([1, 2]))
+            ways: dict[str, Callable[[], None]] = {
+                "alone": lambda c=case, b=backend, d=dtype: run(c, b, d),
+                "in threads": lambda c=case, b=backend, d=dtype: in_threads(c, b, d),
+                "in a child": lambda c=case, b=backend: in_a_child(c, b),
+            }
+            way = pick.choices(list(ways), (90, 7, 3))[0]
+            ways[way]()
+            count[f"{backend}, {way}"] += 1
+            if now >= len(memory) * args.seconds / SAMPLES:
+                memory.append((now, resident()))
+            if not before and now > args.seconds / 10:
+                before = threads()
+            shown = f"{memory[-1][1] >> 20} MB, {threads()} threads"
+            progress.update(task, completed=now, at=shown)
+    third = args.seconds / 3
+    first, last = (
+        statistics.median(m for at, m in memory if start <= at < start + third)
+        for start in (args.seconds / 10, args.seconds - third)
+    )
+    for name, times in sorted(count.items()):
+        print(f"{times:8} {name}")
+    print(f"memory {first / 2**20:.0f} MB and later {last / 2**20:.0f} MB")
+    print(f"threads {before} and at the end {threads()}")
+    # Threads of a pool start when they are first needed: those of each thread of Python's, at most.
+    grown, left = last - first > MOST_GROWTH, threads() > before + 4
+    if grown or left:
+        print("memory grew" if grown else "threads were left behind", file=sys.stderr)
+    return int(grown or left)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
