@@ -79,8 +79,9 @@ fuzz: build/sanitized $(VENV)/.dev
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=8192 \
 		PYTHONPATH=$<:tests $(bin)/python tests/fuzz_extension.py
 
+# glibc would keep holes between blocks of many sizes, more and more of them, in a heap for each thread.
 soak: $(VENV)/.dev ## run layers of all kinds and sizes for SECONDS, 300 if not said, and watch memory and threads
-	$(bin)/python tests/soak.py $(SECONDS)
+	MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536 $(bin)/python tests/soak.py $(SECONDS)
 
 # The sdist; from it a wheel for this platform, without a copy of libgomp, which is torch's; and one
 # of Python alone for all platforms. Whatever is installed later comes from these files.

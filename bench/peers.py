@@ -14,6 +14,8 @@ import torch
 from cases import Case, Problem, make
 from torch import Tensor, nn
 
+import fastrnn
+
 Run = Callable[[], Any]
 
 # Both libraries order the gates in their own way; these are rows of torch's.
@@ -106,26 +108,30 @@ def missing(peer: Peer) -> str | None:
 
 
 class Module:
-    """A library with torch.nn's interface."""
+    """A library with torch.nn's interface; of fastrnn perhaps a backend that is not the fastest."""
 
-    needs: tuple[str, ...] = ()
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, backend: str | None = None) -> None:
+        self.name = f"{name} {backend}" if backend else name
+        self.library, self.backend = name, backend
+        self.needs = (backend,) if backend else ()
 
     def refuses(self, case: Case) -> str | None:
         return None
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
         module = problem.module
-        if self.name != "torch.nn":
-            ours = make(importlib.import_module(self.name), case).to(problem.x)
+        if self.library != "torch.nn":
+            ours = make(importlib.import_module(self.library), case).to(problem.x)
             ours.load_state_dict(module.state_dict())
             module = ours.train(case.training)
         x, hx = problem.x, problem.hx
 
         def output(input: Any) -> Tensor:
-            result = module(input, hx)
+            if self.backend:
+                with fastrnn.use_backend(self.backend):
+                    result = module(input, hx)
+            else:
+                result = module(input, hx)
             if case.one_step:
                 return result[0] if case.cell == "LSTM" else result
             return result[0].data if case.packed else result[0]
@@ -466,7 +472,8 @@ class Floor:
 
 OURS = Module("fastrnn")
 TORCH = Module("torch.nn")
-PEERS: tuple[Peer, ...] = (TORCH, OnnxRuntime(), OpenVino(), Jax(), CompiledLoop())
+NUMBA = Module("fastrnn", "numba")
+PEERS: tuple[Peer, ...] = (TORCH, OnnxRuntime(), OpenVino(), Jax(), CompiledLoop(), NUMBA)
 GPU_PEERS: tuple[Peer, ...] = (TORCH, FlashRnn())
 FLOORS = (Floor("nothing"), Floor("nn.Linear"))
 

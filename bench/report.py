@@ -38,6 +38,7 @@ README_SHAPES = tuple(
         (1000, 8, 32, 32),
     )
 )
+NUMBA = "fastrnn numba"
 COLORS = {
     "fastrnn": "#d1495b",
     "torch.nn": "#30638e",
@@ -46,6 +47,7 @@ COLORS = {
     "jax": "#edae49",
     "torch.compile": "#9c9c9c",
     "flashrnn": "#66a182",
+    NUMBA: "#e8a0aa",
 }
 
 
@@ -104,7 +106,7 @@ class Result:
 
     @property
     def best_peer(self) -> tuple[str, float]:
-        name = min(self.ratios, key=self.ratios.__getitem__)
+        name = min(self.ratios.keys() - {NUMBA}, key=self.ratios.__getitem__)
         return name, self.ratios[name]
 
 
@@ -230,6 +232,21 @@ class Report:
         mark = "**" if ours > theirs + 0.05 else ""
         return f"{mark}{ours:.1f}{mark} | {theirs:.1f}"
 
+    def numba(self) -> list[str]:
+        """What runs where there is no compiler, if it is asked for by name."""
+        lines = [
+            "| cell | pass | (T, B, I, H) | | torch.nn ms | ratio |",
+            "|---|---|---|---|---:|---:|",
+        ]
+        for r in self.results:
+            if NUMBA in r.seconds:
+                theirs = r.seconds["torch.nn"]
+                lines.append(
+                    f"| {r.cell} | {r.which} | {r.shape} | {r.variant} | {milliseconds(theirs)} "
+                    f"| {emphasised(theirs / r.seconds[NUMBA])} |"
+                )
+        return lines if len(lines) > 2 else []
+
     def floors(self) -> list[str]:
         """Microseconds at T = B = 1 beside those of calls that compute next to nothing."""
         names = ("fastrnn", "torch.nn", "onnxruntime", "openvino", "jax", "nothing", "nn.Linear")
@@ -313,6 +330,7 @@ class Report:
             ("All cases", self.table()),
             ("One step of one sequence, in microseconds", self.floors()),
             ("Odd shapes", self.odd_shapes()),
+            ("The Numba backend against torch.nn", self.numba()),
             ("Against torch.nn under other conditions", self.beside(others) if others else []),
             ("Page faults of a warm training step", self.faults()),
             ("Peers that have no answer", self.absent()),

@@ -121,7 +121,8 @@ def main() -> int:
     )
     for name, times in sorted(count.items()):
         print(f"{times:8} {name}")
-    print(f"memory {first / 2**20:.0f} MB and later {last / 2**20:.0f} MB")
+    curve = " ".join(f"{m >> 20}" for _, m in memory[:: max(1, len(memory) // 15)])
+    print(f"memory in MB {curve}; median {first / 2**20:.0f}, of the last third {last / 2**20:.0f}")
     print(f"threads {before} and at the end {threads()}")
     # Threads of a pool start when they are first needed: those of each thread of Python's, at most.
     grown, left = last - first > MOST_GROWTH, threads() > before + 4

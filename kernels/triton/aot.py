@@ -452,9 +452,8 @@ def search(request: Request) -> Plan | None:
 
 def largest(request: Request) -> int:
     """The largest H, in steps of 128, for which the plan is within the limits."""
-    low, high = request.H // 128, 4096 // 128
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = _holds(replace(request, H=128 * middle))
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return 128 * low
+    # Upwards, since what is far too large takes the compiler minutes.
+    H = request.H
+    while _holds(replace(request, H=H + 128)):
+        H += 128
+    return H
