@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -66,6 +67,7 @@ def in_a_child(case: Case, backend: str) -> None:
     layer, x = LAYERS[case.mode][0](case.I, case.H), torch.randn(case.T, case.B, case.I)
 
     def work() -> None:
+        faulthandler.dump_traceback_later(50, exit=True)
         with torch.no_grad(), fastrnn.use_backend(backend):
             layer(x)
 
@@ -94,7 +96,9 @@ def main() -> int:
     count: Counter[str] = Counter()
     started, before = time.monotonic(), 0
     columns = (TextColumn("soaking"), BarColumn(), TextColumn("{task.fields[at]}"))
-    with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+    # No thread of its own may hold the lock of the console where a child is forked.
+    show = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
+    with Progress(*columns, TimeRemainingColumn(), transient=True, **show) as progress:
         task = progress.add_task("", total=args.seconds, at="")
         while (now := time.monotonic() - started) < args.seconds:
             case, backend = some_case(pick), pick.choice(runnable())
@@ -113,7 +117,7 @@ def main() -> int:
             if not before and now > args.seconds / 10:
                 before = threads()
             shown = f"{memory[-1][1] >> 20} MB, {threads()} threads"
-            progress.update(task, completed=now, at=shown)
+            progress.update(task, completed=now, at=shown, refresh=True)
     third = args.seconds / 3
     first, last = (
         statistics.median(m for at, m in memory if start <= at < start + third)

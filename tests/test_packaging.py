@@ -23,6 +23,7 @@ import pytest
 from cases import needs_extension
 
 import fastrnn
+from fastrnn.dispatch import BACKENDS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -182,6 +183,19 @@ def test_types_are_shipped() -> None:
     assert Path(fastrnn.__file__).with_name("py.typed").is_file()
 
 
+def run_python(code: str, directory: Path, **environment: str) -> str:
+    """What a process says that is started elsewhere."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 def test_import_costs_little_more_than_torch(tmp_path: Path) -> None:
     script = """
         import sys, torch
@@ -189,14 +203,7 @@ def test_import_costs_little_more_than_torch(tmp_path: Path) -> None:
         import fastrnn
         print(*set(sys.modules) - before)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    new = set(run.stdout.split())
+    new = set(run_python(script, tmp_path).split())
     slow = {
         "matplotlib",
         "numba",
@@ -210,6 +217,83 @@ def test_import_costs_little_more_than_torch(tmp_path: Path) -> None:
     own = {"fastrnn._cpp", "fastrnn.backends.cpp", "fastrnn.kernels"}
     assert "fastrnn" in new
     assert not new & (slow | own)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+def test_import_starts_no_thread(tmp_path: Path) -> None:
+    script = """
+        import os, torch
+        before = len(os.listdir("/proc/self/task"))
+        import fastrnn
+        fastrnn.LSTM(3, 4)
+        print(len(os.listdir("/proc/self/task")) - before)
+    """
+    assert run_python(script, tmp_path).strip() == "0"
+
+
+def test_a_second_process_does_not_compile(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    script = """
+        import torch, fastrnn
+        for dtype in (torch.float32, torch.float64):
+            for cls in (fastrnn.RNN, fastrnn.GRU, fastrnn.LSTM):
+                x = torch.randn(2, 3, 4, dtype=dtype)
+                with fastrnn.use_backend("numba"):
+                    cls(4, 5, dtype=dtype)(x)[0].sum().backward()
+        from fastrnn.kernels.numba import cells, launch, sequence
+        hits = 0
+        for element in launch.ELEMENTS.values():
+            for loop in sequence.compiled(element):
+                hits += sum(loop.stats.cache_hits.values())
+            for mode in ("RNN_TANH", "GRU", "LSTM"):
+                hits += sum(function.cache_hits for function in cells.compiled(mode, element))
+        print(hits)
+    """
+    runs = [int(run_python(script, tmp_path, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2)]
+    assert runs == [0, 2 * (2 + 3 * 2)]
+
+
+def test_info_says_what_runs_here(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastrnn", "info"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    for word in ("fastrnn", "python", "torch", "processor", "threads", "OpenMP", *BACKENDS):
+        assert re.search(rf"^ *{word} ", said, re.MULTILINE), said
+    assert fastrnn.__version__ in said and str(Path(fastrnn.__file__).parent) in said
+
+
+BUILD = """
+    import sys, sysconfig
+    known = sysconfig.get_config_var
+    sysconfig.get_config_var = lambda name: {changed}.get(name, known(name))
+    sys.argv[1:] = ["--version"]
+    exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
+
+
+@needs_tree
+@pytest.mark.parametrize(
+    "changed,environment,why",
+    [
+        ({"Py_GIL_DISABLED": 1}, {}, "free-threaded Python"),
+        ({}, {"CC": "false", "CXX": "false"}, "a trial of the C++ compiler failed"),
+        ({}, {"FASTRNN_NO_CPP": "1"}, "FASTRNN_NO_CPP=1"),
+    ],
+)
+def test_a_build_without_the_extension(
+    changed: dict[str, Any], environment: dict[str, str], why: str
+) -> None:
+    """It goes on, and says what is missing; unless the extension is required."""
+    pytest.importorskip("pybind11")
+    for required in (False, True):
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(BUILD.format(changed=changed))],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | environment | {"FASTRNN_REQUIRE_CPP": str(int(required))},
+        )
+        assert "C++ extension is left out: " in run.stderr and why in run.stderr, run.stderr
+        assert (run.returncode != 0) == required
 
 
 def extension() -> Path:
