@@ -71,6 +71,9 @@ def in_a_child(case: Case, backend: str) -> None:
         with torch.no_grad(), fastrnn.use_backend(backend):
             layer(x)
 
+    # MKL's lock is lost to a child that is forked while a thread, joined or not, gives back what it
+    # had of MKL's memory.
+    time.sleep(0.05)
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
     child.join(60)
