@@ -24,6 +24,7 @@ __all__ = [
     "padded",
     "padded_gates",
     "padded_rows",
+    "plain",
     "running",
 ]
 
@@ -56,6 +57,11 @@ def numbers(
     return Numbers(T, x.shape[:-1].numel(), batch, H, P, len(weights), *own)
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """With all of its numbers in memory: torch may only have noted a minus sign, or zeros."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
+
+
 def padded(tensor: Tensor, *sizes: int) -> Tensor:
     """With zeros after the last element of each of its last dimensions, up to these sizes."""
     missing = [n - k for n, k in zip(sizes, tensor.shape[-len(sizes) :], strict=True)]
@@ -66,7 +72,7 @@ def padded(tensor: Tensor, *sizes: int) -> Tensor:
 
 def padded_gates(cell: Cell, rows: Tensor, H: int, *columns: int) -> Tensor:
     """A weight or bias of all gates, ``[G * H, *columns]``."""
-    G = len(cell.gates)
+    G, rows = len(cell.gates), plain(rows)
     if rows.shape == (G * H, *columns):
         return rows
     return padded(rows.unflatten(0, (G, -1)), H, *columns).flatten(0, 1)
@@ -74,6 +80,7 @@ def padded_gates(cell: Cell, rows: Tensor, H: int, *columns: int) -> Tensor:
 
 def padded_rows(rows: Tensor, D: int, P: int) -> Tensor:
     """Rows ``[*, D * P]`` of an output or its gradient."""
+    rows = plain(rows)
     if rows.shape[-1] == D * P:
         return rows.contiguous()
     return padded(rows.unflatten(-1, (D, -1)), P).flatten(-2).contiguous()

@@ -15,10 +15,10 @@ import os
 import random
 import statistics
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -81,11 +81,9 @@ def in_a_child(case: Case, backend: str) -> None:
 
 
 def in_threads(case: Case, backend: str, dtype: torch.dtype) -> None:
-    team = [threading.Thread(target=run, args=(case, backend, dtype)) for _ in range(3)]
-    for thread in team:
-        thread.start()
-    for thread in team:
-        thread.join()
+    with ThreadPoolExecutor(3) as team:
+        for done in [team.submit(run, case, backend, dtype) for _ in range(3)]:
+            done.result()
 
 
 def main() -> int:
@@ -131,8 +129,7 @@ def main() -> int:
     curve = " ".join(f"{m >> 20}" for _, m in memory[:: max(1, len(memory) // 15)])
     print(f"memory in MB {curve}; median {first / 2**20:.0f}, of the last third {last / 2**20:.0f}")
     print(f"threads {before} and at the end {threads()}")
-    # Threads of a pool start when they are first needed: those of each thread of Python's, at most.
-    grown, left = last - first > MOST_GROWTH, threads() > before + 4
+    grown, left = last - first > MOST_GROWTH, threads() > before
     if grown or left:
         print("memory grew" if grown else "threads were left behind", file=sys.stderr)
     return int(grown or left)

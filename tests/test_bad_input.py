@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, STEPS
+from cases import LAYERS, STEPS, runnable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -482,18 +482,55 @@ def test_tensors_asked_by_their_methods() -> None:
             run(x, wrong)
 
 
+@pytest.mark.parametrize("backend", runnable())
 @pytest.mark.parametrize("mode", MODES)
-def test_a_minus_sign_that_torch_has_only_noted(mode: str) -> None:
+def test_a_minus_sign_that_torch_has_only_noted(mode: str, backend: str) -> None:
     m = LAYERS[mode][0](3, 4)
     x, h, g = torch.randn(6, 5, 3), torch.randn(1, 5, 4), torch.randn(6, 5, 4)
     results = []
     for negate in (torch._neg_view, torch.neg):
         xn, hn = negate(x).requires_grad_(), negate(h).requires_grad_()
-        output, final = m(xn, (hn, hn) if mode == "LSTM" else hn)
+        with fastrnn.use_backend(backend):
+            output, final = m(xn, (hn, hn) if mode == "LSTM" else hn)
         grads = torch.autograd.grad(output, [xn, hn, *m.parameters()], negate(g))
         results.append([output, *leaves(final), *grads])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", [b for b in (*runnable(), "reference") if b != "cpp"])
+def test_zeros_that_torch_has_only_noted(backend: str) -> None:
+    m, x = fastrnn.GRU(3, 16), torch.randn(6, 5, 3, requires_grad=True)
+    with fastrnn.use_backend(backend):
+        y, _ = m(x)
+    (dx,) = torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape))
+    assert torch.equal(dx, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("backend", runnable())
+@pytest.mark.parametrize("change", [torch.Tensor.half, lambda t: t[..., :-1], lambda t: t.mT])
+def test_what_forward_saved_has_changed(change: Callable[[Any], Any], backend: str) -> None:
+    def unpack(t: torch.Tensor) -> torch.Tensor:
+        return change(t) if t.dim() == 4 else t
+
+    m, x = fastrnn.LSTM(3, 16), torch.randn(6, 5, 3)
+    with (
+        fastrnn.use_backend(backend),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack),
+    ):
+        y, _ = m(x)
+    with pytest.raises((RuntimeError, ValueError), match="expected"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", runnable())
+def test_a_weight_that_grew_behind_autograds_back(backend: str) -> None:
+    m, x = fastrnn.GRU(3, 16), torch.randn(6, 5, 3)
+    with fastrnn.use_backend(backend):
+        y, _ = m(x)
+    m.weight_hh_l0.data = torch.randn(3 * 64, 64)
+    with pytest.raises((RuntimeError, ValueError)):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -220,6 +220,13 @@ def test_without_the_extension_the_next_backend_runs(without: str, next_one: str
 def test_numba_leaves_to_torch_what_torch_does_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load("cpp"), "_missing", "no compiler")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            load("numba"), "_broken", lambda: "numba 9.9 cannot be used: NumPy is too new"
+        )
+        choice = fastrnn.explain(fastrnn.GRU(3, 64), torch.randn(5, 8, 3))
+        assert choice.backend == "torch" and "NumPy is too new" in choice.rejected["numba"]
+
     def chosen(layer: Any, *shape: int) -> str:
         return fastrnn.explain(
             layer, torch.randn(shape, dtype=next(layer.parameters()).dtype)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from fastrnn.cells import CELLS
 from fastrnn.dispatch import load
 
 fast = pytest.mark.parametrize("backend", runnable())
+needs_numba = pytest.mark.skipif("numba" not in runnable(), reason="numba is not installed")
 MODES = list(LAYERS)
 
 
@@ -179,6 +181,78 @@ def test_threads_keep_the_cores_they_may_run_on() -> None:
     assert run_python(KEEP_CORES) == "kept"
 
 
+@needs_numba
+def test_numba_starts_no_more_kernels_at_once_than_threads(
+    set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastrnn.kernels.numba import launch
+
+    monkeypatch.setattr(launch, "_arguments", lambda fixed, scratch, *share: share)
+    for threads, directions, shares in ((1, 2, 2), (2, 1, 2), (3, 2, 2), (4, 2, 4), (4, 1, 4)):
+        set_threads(threads)
+        calls: list[Any] = []
+        sizes = SimpleNamespace(B=8, D=directions)
+        launch._run(lambda *a, calls=calls: calls.append(a), sizes, 1 << 40, 5, [], [])
+        assert len(calls) == shares
+        assert {c[0] for c in calls} == set(range(directions))
+
+
+@needs_numba
+def test_numba_waits_for_its_threads_whatever_comes_between(
+    set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write to memory that is freed when the call is left."""
+    from fastrnn.kernels.numba import launch
+
+    set_threads(2)
+    monkeypatch.setattr(launch, "_arguments", lambda fixed, scratch, *share: share)
+    begun, finished = threading.Event(), []
+
+    def kernel(d: int, begin: int, *_: Any) -> None:
+        if begin == 0:  # the other thread's
+            begun.set()
+            time.sleep(0.2)
+            finished.append(1)
+        else:
+            begun.wait()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        launch._run(kernel, SimpleNamespace(B=8, D=1), 1 << 40, 5, [], [])
+    assert finished
+
+    def interrupted(others: Any, wait: Any = launch.wait) -> None:
+        monkeypatch.setattr(launch, "wait", wait)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "wait", interrupted)
+    finished.clear()
+    with pytest.raises(KeyboardInterrupt):
+        launch._run(
+            lambda d, begin, *_: begin == 0 and (time.sleep(0.2), finished.append(1)),
+            SimpleNamespace(B=8, D=1), 1 << 40, 5, [], [],
+        )  # fmt: skip
+    assert finished
+
+
+@needs_numba
+def test_numba_runs_where_no_thread_can_be_started(
+    set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a thread that outlives the main one."""
+    from fastrnn.kernels.numba import launch
+
+    set_threads(2)
+    ended = ThreadPoolExecutor(1)
+    ended.shutdown()
+    monkeypatch.setattr(launch, "_pool", (1, ended))
+    m, x = fastrnn.GRU(64, 128), torch.randn(100, 32, 64)
+    with torch.no_grad():
+        expected = m(x)[0]
+        with fastrnn.use_backend("numba"):
+            torch.testing.assert_close(m(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
 # Signals
 
 INTERRUPTED = """
@@ -249,6 +323,33 @@ print("done")
 @pytest.mark.parametrize("cls", ["LSTM", "GRU"])
 def test_a_forked_child_runs_layers(backend: str, cls: str, prepare: str) -> None:
     assert run_python(FORKED.format(cls=cls, prepare=prepare, backend=backend)) == "done"
+
+
+FORKED_AFTER_TORCH = """
+import multiprocessing, torch, fastrnn
+torch.set_num_threads(2)
+m, x = fastrnn.{cls}(32, 64), torch.randn(40, 64, 32)
+with torch.no_grad():
+    torch.randn(1024, 1024) @ torch.randn(1024, 1024)  # all threads of torch's pool have run
+def work(queue):
+    with torch.no_grad(), fastrnn.use_backend("{backend}"):
+        queue.put(m(x)[0][:, 3, 5].tolist())
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+child = context.Process(target=work, args=(queue,))
+child.start()
+found = queue.get(timeout=50)
+with torch.no_grad():
+    for a, b in zip(found, m(x)[0][:, 3, 5].tolist(), strict=True):
+        assert abs(a - b) < 1e-5, (a, b)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("backend", [*runnable(), "torch"])
+@pytest.mark.parametrize("cls", ["LSTM", "GRU"])
+def test_a_child_of_a_process_that_used_torch_only(backend: str, cls: str) -> None:
+    assert run_python(FORKED_AFTER_TORCH.format(cls=cls, backend=backend)) == "done"
 
 
 LOADER = """

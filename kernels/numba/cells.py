@@ -26,7 +26,7 @@ from typing import Any
 from numba import cfunc, types
 
 from fastrnn.kernels.numba import MODES
-from fastrnn.kernels.numba.simd import lanes, load, sigmoid, store, tanh, where_less
+from fastrnn.kernels.numba.simd import cached, lanes, load, sigmoid, store, tanh, where_less
 
 __all__ = ["CELLS", "compiled"]
 
@@ -139,6 +139,6 @@ def compiled(mode: str, element: types.Float) -> tuple[Any, Any]:
     p, i = types.CPointer(element), types.intp
     signatures = types.void(p, p, p, p, i, p, p, i), types.void(p, p, p, p, p, p, i, p, i)
     return tuple(
-        cfunc(signature, cache=True, error_model="numpy")(function)
+        cached(cfunc, signature, function)
         for signature, function in zip(signatures, CELLS[mode], strict=True)
     )

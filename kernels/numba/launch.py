@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -25,10 +26,11 @@ from fastrnn.kernels.padding import (
     padded,
     padded_gates,
     padded_rows,
+    plain,
     running,
 )
 
-__all__ = ["backward", "forward", "in_a_child"]
+__all__ = ["backward", "forward"]
 
 ELEMENTS = {torch.float32: numba.float32, torch.float64: numba.float64}
 
@@ -38,15 +40,14 @@ WORTH_A_THREAD = 1 << 24
 CACHED = 2 << 20
 """Bytes of weights that stay near a processor from one step to the next."""
 
-_pool: ThreadPoolExecutor | None = None
-
-in_a_child = False
-"""Whether this process was forked from one that had imported this: no thread survives that."""
+_pool: tuple[int, ThreadPoolExecutor] | None = None
+"""With the number of its threads."""
 
 
 def _forget() -> None:
-    global _pool, in_a_child
-    _pool, in_a_child = None, True
+    """No thread survives a fork."""
+    global _pool
+    _pool = None
 
 
 if hasattr(os, "register_at_fork"):
@@ -102,17 +103,34 @@ def _run(
     """All steps of a kernel on shares of the sequences, side by side; the last in this thread."""
     global _pool
     threads = min(torch.get_num_threads(), max(1, flops // WORTH_A_THREAD))
-    parts = min(sizes.B, -(-threads // sizes.D))
+    parts = min(sizes.B, max(1, threads // sizes.D))
     bounds = [sizes.B * k // parts for k in range(parts + 1)] if parts else []
     shares = [(d, *pair) for d in range(sizes.D) for pair in pairwise(bounds)]
     calls = [(*_arguments(fixed, scratch, *share), 0, steps) for share in shares]
-    others = []
-    if threads > 1 and len(calls) > 1:
-        if _pool is None or _pool._max_workers < len(calls) - 1:
-            _pool = ThreadPoolExecutor(len(calls) - 1, "fastrnn-numba")
-        others = [_pool.submit(kernel, *call) for call in calls[:-1]]
-    for call in calls[len(others) :]:
-        kernel(*call)
+    others: list[Future[None]] = []
+    try:
+        if threads > 1 and len(calls) > 1:
+            if _pool is None or _pool[0] < len(calls) - 1:
+                _pool = len(calls) - 1, ThreadPoolExecutor(len(calls) - 1, "fastrnn-numba")
+            with suppress(RuntimeError):  # no thread can be started, as when the interpreter ends
+                for call in calls[:-1]:
+                    others.append(_pool[1].submit(kernel, *call))
+        for call in calls[len(others) :]:
+            kernel(*call)
+    finally:
+        _finish(others)
+
+
+def _finish(others: Sequence[Future[None]]) -> None:
+    """Wait for kernels, whatever comes between: they write to memory that would else be freed."""
+    interrupt: BaseException | None = None
+    while not all(other.done() for other in others):
+        try:
+            wait(others)
+        except BaseException as error:
+            interrupt = error
+    if interrupt:
+        raise interrupt
     for other in others:
         other.result()
 
@@ -186,7 +204,7 @@ def forward(
     if own_H != H:
         gx = [padded(g.view(N, G, own_H), H) for g in gx]
     w_hh = [padded_gates(cell, w, H, P).t() for _, w, *_ in weights]
-    w_hr = [None if w is None else _panels(padded(w, P, H).t()) for *_, w in weights]
+    w_hr = [None if w is None else _panels(padded(plain(w), P, H).t()) for *_, w in weights]
     bias = [None if b is None else padded_gates(cell, b, H).contiguous() for *_, b, _ in weights]
     rows, offsets = _rows(sizes, batch_sizes)
     apart = _apart(sizes, w_hh[0])
@@ -250,7 +268,7 @@ def backward(
     dpre = x.new_empty(D, N, cell.slots, H)
     dh_all = x.new_empty(D, N, P) if projected else None
     w_hh = [padded_gates(cell, w, H, P) for _, w, *_ in weights]
-    w_hr = [None if w is None else _panels(padded(w, P, H)) for *_, w in weights]
+    w_hr = [None if w is None else _panels(padded(plain(w), P, H)) for *_, w in weights]
     rows, offsets = _rows(sizes, batch_sizes)
     apart = _apart(sizes, w_hh[0])
     columns, columns_hr = P, 0 if w_hr[0] is None else _columns(w_hr[0])

@@ -18,6 +18,7 @@ from fastrnn.kernels.numba.simd import (
     ROWS,
     TILES,
     at,
+    cached,
     call,
     lanes,
     load,
@@ -274,8 +275,11 @@ def backward(
 def compiled(element: types.Float) -> tuple[Any, Any]:
     """The two loops over time."""
     i, flag = types.intp, types.boolean
-    options = {"cache": True, "nogil": True, "error_model": "numpy"}
+    signatures = (
+        types.void(i, element, *[i] * 22, *[flag] * 4, *[i] * 6),
+        types.void(i, element, *[i] * 25, *[flag] * 4, *[i] * 7),
+    )
     return (
-        njit(types.void(i, element, *[i] * 22, *[flag] * 4, *[i] * 6), **options)(forward),
-        njit(types.void(i, element, *[i] * 25, *[flag] * 4, *[i] * 7), **options)(backward),
+        cached(njit, signatures[0], forward, nogil=True),
+        cached(njit, signatures[1], backward, nogil=True),
     )

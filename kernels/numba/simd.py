@@ -27,6 +27,7 @@ __all__ = [
     "TILES",
     "Vector",
     "at",
+    "cached",
     "call",
     "exp",
     "lanes",
@@ -128,6 +129,15 @@ def pointer(typingctx, address, like):
         return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
 
     return types.CPointer(like)(types.intp, like), codegen
+
+
+def cached(decorator: Callable[..., Any], signature: Any, function: Any, **options: Any) -> Any:
+    """Compiled, and kept in a file if there is a folder that it may be written to."""
+    options["error_model"] = "numpy"
+    try:
+        return decorator(signature, cache=True, **options)(function)
+    except RuntimeError:
+        return decorator(signature, **options)(function)
 
 
 @intrinsic

@@ -17,15 +17,34 @@ Triton or Numba costs more than torch's own.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, set_num_threads
 
 from fastrnn.cells import Cell, State, Weights
 
-__all__ = ["Backend", "Gradients", "Sizes", "Stacks"]
+__all__ = ["Backend", "Gradients", "Sizes", "Stacks", "one_thread_in_a_child"]
+
+_in_a_child = False
+
+
+def _forked() -> None:
+    global _in_a_child
+    _in_a_child = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def one_thread_in_a_child() -> None:
+    """OpenMP's threads do not survive a fork, and torch would wait for them for ever."""
+    if _in_a_child and get_num_threads() > 1:
+        set_num_threads(1)
+
 
 Gradients = tuple[Tensor | None, ...]
 """Of x, of each direction's five weights, and of the states if there are any; None: not needed."""

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, Sizes
+from fastrnn.backends import Gradients, Sizes, one_thread_in_a_child
 from fastrnn.cells import Cell, State, Weights
 
 # torch is imported above, so that the extension finds torch's OpenMP runtime loaded and shares it.
@@ -168,3 +168,5 @@ def _large(like: Tensor, *shape: int) -> Tensor:
 
 if _missing is None:
     _cpp.make_large(LARGE, _large)
+    # The extension itself sees only a fork that comes after it is loaded.
+    one_thread_in_a_child()

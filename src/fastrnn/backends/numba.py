@@ -5,15 +5,18 @@ What is compiled is kept in files, so that a second process starts without compi
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, Sizes
-from fastrnn.backends.products import Recurrence, gradients, in_own_dtype
+from fastrnn.backends import Gradients, Sizes, one_thread_in_a_child
+from fastrnn.backends.products import Recurrence, check_saved, gradients, in_own_dtype
 from fastrnn.cells import Cell, State, Weights
 from fastrnn.kernels.numba import MODES
 
@@ -38,6 +41,9 @@ MOST_UNITS = 512
 def missing() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed"
+    version = importlib.metadata.version("numba")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (0, 61):
+        return f"expected numba 0.61 or newer, got {version}"
     return None
 
 
@@ -63,9 +69,9 @@ def refuses(
             if units > MOST_UNITS:
                 return (
                     f"torch's oneDNN is faster at dense float32 LSTMs of {units} units in a batch, "
-                    f"and not of {MOST_UNITS}"
+                    f"and mostly not up to {MOST_UNITS}"
                 )
-    return None
+    return _broken()
 
 
 def empty_cache() -> None:
@@ -81,11 +87,19 @@ def _launch() -> ModuleType:
     """kernels/numba/launch.py, with threads of torch's that are there."""
     from fastrnn.kernels.numba import launch
 
-    if launch.in_a_child and torch.get_num_threads() > 1:
-        # OpenMP's threads do not survive a fork, and torch would wait for them for ever.
-        torch.set_num_threads(1)
+    one_thread_in_a_child()
     module: ModuleType = launch
     return module
+
+
+@cache
+def _broken() -> str | None:
+    """Why Numba cannot be used after all; the answer takes its import."""
+    try:
+        from fastrnn.kernels.numba import launch  # noqa: F401
+    except Exception as error:  # of Numba's own, about whatever it does not like here
+        return f"numba {importlib.metadata.version('numba')} cannot be used: {error}"
+    return None
 
 
 @in_own_dtype
@@ -119,6 +133,7 @@ def backward(
     needed: Sequence[bool],
 ) -> Gradients:
     layer = (cell, x, weights, state, batch_sizes, batch, out)
+    check_saved(*layer, saved)
     recurrence = Recurrence(*_launch().backward(*layer, saved, dout, dfinal))
     own = saved[..., : recurrence.dpre.shape[-1]]
     return gradients(*layer, own, needed, recurrence)

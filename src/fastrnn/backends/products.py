@@ -20,7 +20,7 @@ from fastrnn.backends import Gradients
 from fastrnn.cells import Cell, State, Weights
 from fastrnn.rows import previous
 
-__all__ = ["Recurrence", "gradients", "in_own_dtype"]
+__all__ = ["Recurrence", "check_saved", "gradients", "in_own_dtype"]
 
 
 _P = ParamSpec("_P")
@@ -52,6 +52,44 @@ class Recurrence(NamedTuple):
     dpre: Tensor
     dstate: State
     dh: Tensor | None
+
+
+def check_saved(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    out: Tensor,
+    saved: Tensor,
+) -> None:
+    """Hooks of saved tensors, and users of ``.data``, may hand back something else.
+
+    Raises:
+        RuntimeError: sizes, dtypes or strides are not those of the forward pass.
+    """
+    G, (rows, P) = len(cell.gates), weights[0][1].shape
+    D, N, H = len(weights), x.shape[:-1].numel(), -(-rows // G // 16) * 16
+    kept = cell.saved_slots(weights[0][4] is not None)
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        ("what forward saved", saved, (D, N, kept, H)),
+        ("the output", out, (*x.shape[:-1], D * P)),
+    ]
+    for w_ih, w_hh, _, b_hh, w_hr in weights:
+        expected += [("weight_ih", w_ih, (rows, x.shape[-1])), ("weight_hh", w_hh, (rows, P))]
+        if b_hh is not None:
+            expected.append(("bias_hh", b_hh, (rows,)))
+        if w_hr is not None:
+            expected.append(("weight_hr", w_hr, (P, rows // G)))
+    for name, tensor, shape in expected:
+        if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+            raise RuntimeError(
+                f"backward: expected {name} of shape {list(shape)}, {x.dtype} on {x.device} as in "
+                f"the forward pass, got {list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+            )
+    if not saved.is_contiguous():
+        raise RuntimeError("backward: expected what forward saved to be contiguous, as it was")
 
 
 ROWS = 128

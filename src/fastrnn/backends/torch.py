@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Sizes
+from fastrnn.backends import Sizes, one_thread_in_a_child
 from fastrnn.backends.products import in_own_dtype
 from fastrnn.cells import Cell, State, Weights
 
@@ -73,6 +73,7 @@ def rnn(
     training: bool,
 ) -> tuple[Tensor, State]:
     """As :func:`fastrnn.functional.rnn`."""
+    one_thread_in_a_child()
     directions = list(chain(*weights))
     flat = [w for direction in directions for w in direction if w is not None]
     P = directions[0][1].shape[1]
@@ -91,6 +92,7 @@ def rnn(
 @in_own_dtype
 def step(cell: Cell, input: Tensor, hx: State | None, weights: Weights) -> State:
     """As :func:`fastrnn.functional.step`."""
+    one_thread_in_a_child()
     w_ih, w_hh, b_ih, b_hh, _ = weights
     if hx is None:
         hx = tuple(input.new_zeros(input.shape[0], w_hh.shape[1]) for _ in cell.state_range)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends import Gradients, Sizes
-from fastrnn.backends.products import Recurrence, gradients, in_own_dtype
+from fastrnn.backends.products import Recurrence, check_saved, gradients, in_own_dtype
 from fastrnn.cells import Cell, State, Weights
 from fastrnn.kernels.triton import plans
 
@@ -261,6 +261,7 @@ def backward(
 
     (_, plan), target = _plans(cell, x, weights)
     layer = (cell, x, weights, state, batch_sizes, batch, out)
+    check_saved(*layer, saved)
 
     def reverse(plan: plans.Plan) -> Recurrence:
         return Recurrence(*launch.backward(plan, target, *layer, saved, dout, dfinal, launch.run))
