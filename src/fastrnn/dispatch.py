@@ -26,7 +26,7 @@ from fastrnn.cells import Cell
 __all__ = ["BACKENDS", "BackendError", "Choice", "choose", "empty_cache", "load", "use_backend"]
 
 BACKENDS = ("cpp", "numba", "triton", "torch", "reference")
-"""Every backend by name, fastest first: the order of the automatic choice."""
+"""Every backend by name, in the order of the automatic choice: the first that does not refuse."""
 
 _environment = os.environ.get("FASTRNN_BACKEND") or None
 _context: ContextVar[str | None] = ContextVar("fastrnn_backend", default=None)
@@ -188,7 +188,7 @@ def _warn_without_extension() -> None:
     warnings.warn(
         f"fastrnn runs without its C++ backend: {problem}. "
         + (
-            "The Numba backend stands in for it, and is slower"
+            "The Numba backend stands in for it, or torch's own operators, and both are slower"
             if fused
             else "`pip install fastrnn[numba]` brings fused kernels that need no compiler; until "
             "then torch's own operators run"
