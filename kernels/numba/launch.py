@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
+from threading import Barrier
 from typing import Any
 
 import numba
@@ -110,15 +111,32 @@ def _run(
     others: list[Future[None]] = []
     try:
         if threads > 1 and len(calls) > 1:
-            if _pool is None or _pool[0] < len(calls) - 1:
-                _pool = len(calls) - 1, ThreadPoolExecutor(len(calls) - 1, "fastrnn-numba")
             with suppress(RuntimeError):  # no thread can be started, as when the interpreter ends
+                if _pool is None or _pool[0] < len(calls) - 1:
+                    _pool = len(calls) - 1, _team(len(calls) - 1)
                 for call in calls[:-1]:
                     others.append(_pool[1].submit(kernel, *call))
         for call in calls[len(others) :]:
             kernel(*call)
     finally:
         _finish(others)
+
+
+def _team(count: int) -> ThreadPoolExecutor:
+    """So many threads that run: a thread that fails to start later would leave its call behind.
+
+    Raises:
+        RuntimeError: they cannot be started.
+    """
+    team, all_here = ThreadPoolExecutor(count, "fastrnn-numba"), Barrier(count)
+    try:
+        here = [team.submit(all_here.wait) for _ in range(count)]
+    except RuntimeError:
+        all_here.abort()
+        team.shutdown()
+        raise
+    wait(here)
+    return team
 
 
 def _finish(others: Sequence[Future[None]]) -> None:
