@@ -91,7 +91,7 @@ wheel: $(VENV)/.dev ## build the sdist and the wheels, and test those in a clean
 	PATH="$(abspath $(bin)):$$PATH" $(bin)/auditwheel -v repair --exclude libgomp.so.1 --wheel-dir dist \
 		dist/*-linux_*.whl 2>build/auditwheel.log || (cat build/auditwheel.log && false)
 	rm dist/*-linux_*.whl
-	FASTRNN_NO_CPP=1 $(pip) wheel --no-deps --wheel-dir dist dist/*.tar.gz
+	FASTRNN_NO_CPP=1 $(bin)/python -m pip -qq wheel --no-deps --wheel-dir dist dist/*.tar.gz
 	$(bin)/python -m venv build/wheel
 	$(wheel) -m pip install -qq --upgrade pip
 	$(wheel) -m pip install -qq $(TORCH)
