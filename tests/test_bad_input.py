@@ -284,15 +284,18 @@ def test_views(mode: str, view: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", runnable())
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_of_a_view(mode: str) -> None:
+def test_a_step_of_a_view(mode: str, backend: str) -> None:
     cell = STEPS[mode][0](3, 4)
     x, h = torch.randn(3, 5).t(), torch.randn(1, 4).expand(5, 4)
-    result = leaves(cell(x, (h, h) if mode == "LSTM" else h))
     copies = x.contiguous(), h.contiguous()
-    expected = leaves(cell(copies[0], copies[1:] * 2 if mode == "LSTM" else copies[1]))
+    with fastrnn.use_backend(backend):
+        result = leaves(cell(x, (h, h) if mode == "LSTM" else h))
+        expected = leaves(cell(copies[0], copies[1:] * 2 if mode == "LSTM" else copies[1]))
     for a, b in zip(result, expected, strict=True):
-        assert torch.equal(a, b)
+        # Other products than the engine's own may sum in an order that depends on strides.
+        assert torch.equal(a, b) if backend == "cpp" else torch.allclose(a, b, 1e-6, 1e-6)
 
 
 def test_a_state_that_is_also_the_input() -> None:
