@@ -124,8 +124,15 @@ def test_layers_in_several_threads_at_once(
 @pytest.mark.isa
 @pytest.mark.parametrize("mode", CELLS)
 def test_set_num_threads_is_obeyed(
-    mode: str, backend: str, set_threads: Callable[[int], None]
+    mode: str,
+    backend: str,
+    set_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if backend == "numba":  # which would not wake a thread for so little
+        from fastrnn.kernels.numba import launch
+
+        monkeypatch.setattr(launch, "WORTH_A_THREAD", 1)
     case = Case(mode, 2, 2, True, "unsorted", False, True, T=12, B=20, I=30, H=70)
     d, m = data(case, torch.float32), ours(case, torch.float32)
     results = []

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastrnn.backends import Gradients
 from fastrnn.cells import Cell, State, Weights
+from fastrnn.kernels.padding import numbers
 from fastrnn.rows import previous
 
 __all__ = ["Recurrence", "check_saved", "gradients", "in_own_dtype"]
@@ -70,11 +71,11 @@ def check_saved(
         RuntimeError: sizes, dtypes or strides are not those of the forward pass.
     """
     G, (rows, P) = len(cell.gates), weights[0][1].shape
-    D, N, H = len(weights), x.shape[:-1].numel(), -(-rows // G // 16) * 16
+    sizes = numbers(cell, x, weights, batch_sizes, batch)
     kept = cell.saved_slots(weights[0][4] is not None)
     expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
-        ("what forward saved", saved, (D, N, kept, H)),
-        ("the output", out, (*x.shape[:-1], D * P)),
+        ("what forward saved", saved, (sizes.D, sizes.N, kept, sizes.H)),
+        ("the output", out, (*x.shape[:-1], sizes.D * P)),
     ]
     for w_ih, w_hh, _, b_hh, w_hr in weights:
         expected += [("weight_ih", w_ih, (rows, x.shape[-1])), ("weight_hh", w_hh, (rows, P))]
