@@ -379,10 +379,9 @@ def requests(
                         request = Request(architecture, mode, precision, H, which, plan, options)
                         if not _exists(request):
                             continue
-                        chosen.setdefault(_kernel_of(request), request)
-                        if plan.sync == "grid":  # what runs where not all programs fit at once
-                            apart = replace(request, plan=plan.apart())
-                            chosen.setdefault(_kernel_of(apart), apart)
+                        for kind in plan.kinds():
+                            of_kind = replace(request, plan=kind)
+                            chosen.setdefault(_kernel_of(of_kind), of_kind)
     return list(chosen.values())
 
 
@@ -438,8 +437,8 @@ def measure_alone(request: Request) -> Kernel | str:
 
 
 def _holds(request: Request) -> bool:
-    kernel = measure_alone(request)
-    return not isinstance(kernel, str) and not kernel.problems
+    kernels = [measure_alone(replace(request, plan=plan)) for plan in request.plan.kinds()]
+    return not any(isinstance(kernel, str) or kernel.problems for kernel in kernels)
 
 
 def search(request: Request) -> Plan | None:

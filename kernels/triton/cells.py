@@ -42,7 +42,7 @@ def rnn_tanh_forward(pre, s):
 
 @triton.jit
 def rnn_tanh_backward(v, s, h, dy):
-    return (dy[0] * (1 - h * h),), (dy[0] * 0,)
+    return (dy[0] * (1 - h * h),), (tl.zeros_like(dy[0]),)
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def rnn_relu_forward(pre, s):
 
 @triton.jit
 def rnn_relu_backward(v, s, h, dy):
-    return (tl.where(h <= 0, 0.0, dy[0]),), (dy[0] * 0,)
+    return (tl.where(h <= 0, 0.0, dy[0]),), (tl.zeros_like(dy[0]),)
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def lstm_backward(v, s, h, dy):
         e * i * (1 - g * g),
         dy[0] * t * o * (1 - o),
     )
-    return dpre, (dy[0] * 0, e * f)
+    return dpre, (tl.zeros_like(dy[0]), e * f)
 
 
 @triton.jit

@@ -64,6 +64,10 @@ class Plan:
         """With a launch for each step and small tiles, where programs do not fit on the device."""
         return replace(self, sync="launch", resident=False, units=self.units or 16, depth=16)
 
+    def kinds(self) -> list[Plan]:
+        """The plan, and what runs instead where not all of its programs fit at once."""
+        return [self, self.apart()] if self.sync == "grid" else [self]
+
     def __str__(self) -> str:
         if self.sync == "program":
             return f"program({self.warps})"
