@@ -3,6 +3,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What the wheel is tested beside, too; several GB on Linux, where PyPI has builds for CUDA only.
+NEWEST_TORCH ?= torch==2.14.1
 # With which the plan table was chosen; other versions from 3.6 on compile other code.
 TRITON ?= triton==3.7.1
 
@@ -25,7 +27,7 @@ demo: $(VENV)/.demo ## train a small language model with fastrnn and with torch.
 	$(bin)/python examples/char_lm.py --plot char_lm.png
 
 test: $(VENV)/.dev ## run the tests, but for the heavy ones
-	$(pytest) -n 2 -m "not heavy" tests
+	$(pytest) -n 2 -m "not heavy" tests --cov
 
 heavy: $(VENV)/.dev ## run the heavy tests
 	$(pytest) -m heavy --timeout 1800 -o faulthandler_timeout=1860 tests
@@ -85,9 +87,9 @@ soak: $(VENV)/.dev ## run layers of all kinds and sizes for SECONDS, 300 if not 
 
 # The sdist; from it a wheel for this platform, without a copy of libgomp, which is torch's; and one
 # of Python alone for all platforms. Whatever is installed later comes from these files.
-wheel: $(VENV)/.dev ## build the sdist and the wheels, and test those in a clean environment
+wheel: $(VENV)/.dev ## build the sdist and the wheels, and test those in a clean environment, beside two torches
 	rm -rf dist build/wheel
-	$(bin)/python -m build --quiet
+	FASTRNN_REQUIRE_CPP=1 $(bin)/python -m build --quiet
 	PATH="$(abspath $(bin)):$$PATH" $(bin)/auditwheel -v repair --exclude libgomp.so.1 --wheel-dir dist \
 		dist/*-linux_*.whl 2>build/auditwheel.log || (cat build/auditwheel.log && false)
 	rm dist/*-linux_*.whl
@@ -103,6 +105,10 @@ wheel: $(VENV)/.dev ## build the sdist and the wheels, and test those in a clean
 	$(wheel) -m pip install -qq --force-reinstall --no-deps dist/*-none-any.whl
 	cd build/wheel && FASTRNN_NO_CPP=1 bin/pytest -q -n 2 -m "not heavy" \
 		--ignore $(CURDIR)/tests/test_triton.py $(CURDIR)/tests
+	$(wheel) -m pip install -qq --force-reinstall --no-deps dist/*-manylinux*.whl
+	$(wheel) -m pip install -qq $(NEWEST_TORCH)
+	cd build/wheel && bin/python -m fastrnn info
+	cd build/wheel && bin/pytest -q -n 2 -m "isa and not heavy" $(CURDIR)/tests
 
 wheel := build/wheel/bin/python
 
@@ -125,7 +131,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(extension): setup.py $(filter-out csrc/selftest.cpp, $(csrc)) | $(VENV)/.torch
-	$(bin)/python setup.py --quiet build_ext --inplace --force
+	FASTRNN_REQUIRE_CPP=1 $(bin)/python setup.py --quiet build_ext --inplace --force
 	@mkdir -p build && touch $@
 
 # pip would compile the extension once more, and at every change of pyproject.toml.
@@ -141,7 +147,7 @@ sanitizers := -fsanitize=address,undefined -fno-sanitize-recover=all
 build/sanitized: setup.py $(filter-out csrc/selftest.cpp, $(csrc)) \
 		$(wildcard src/fastrnn/*.py src/fastrnn/backends/*.py) | $(VENV)/.torch
 	rm -rf $@
-	FASTRNN_CXXFLAGS="-O1 -g $(sanitizers)" $(bin)/python setup.py --quiet build_ext --build-lib $@ \
+	FASTRNN_REQUIRE_CPP=1 FASTRNN_CXXFLAGS="-O1 -g $(sanitizers)" $(bin)/python setup.py --quiet build_ext --build-lib $@ \
 		--build-temp $@/objects --force
 	cp -r src/fastrnn/*.py src/fastrnn/backends $@/fastrnn
 

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -379,3 +384,36 @@ def assert_equal(actual: Results, expected: Results) -> None:
     assert actual.keys() == expected.keys()
     for name, e in expected.items():
         assert torch.equal(actual[name], e), name
+
+
+def run_python(
+    code: str, directory: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A process of its own, with no setting of fastrnn's but these.
+
+    A hang fails, and takes the process's children along.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("FASTRNN_")}
+    process = subprocess.Popen(
+        command,
+        cwd=directory,
+        env=clean | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=100)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def said(code: str, directory: Path | None = None, **environment: str) -> str:
+    """What such a process prints, which must end well."""
+    run = run_python(code, directory, **environment)
+    assert run.returncode == 0, f"{run.returncode}: {run.stderr}"
+    return run.stdout.strip()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, layered
+from cases import LAYERS, layered, run_python, said
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
@@ -34,18 +31,6 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chosen(dtype: torch.dtype = torch.float32) -> str:
     return choose(LSTM, dtype, CPU).backend
-
-
-def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("FASTRNN_")}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=clean | env,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
 
 
 # use_backend
@@ -175,9 +160,7 @@ def test_environment_good() -> None:
     code = "import torch, fastrnn; m = fastrnn.LSTM(3, 4); x = torch.randn(5, 2, 3); m(x)\n"
     code += "print(fastrnn.explain(m, x))\n"
     code += "with fastrnn.use_backend(None): print(fastrnn.explain(m, x))"
-    result = run_python(code, FASTRNN_BACKEND="reference")
-    assert result.returncode == 0, result.stderr
-    for line in result.stdout.splitlines():
+    for line in said(code, FASTRNN_BACKEND="reference").splitlines():
         assert line.startswith("reference: asked for by FASTRNN_BACKEND;"), line
 
 
@@ -250,8 +233,7 @@ for dtype in (torch.float32, torch.bfloat16):
     m(x), fastrnn.explain(m, x)
 print("triton" in sys.modules)
 """
-    result = run_python(code)
-    assert result.stdout.strip() == "False", result.stderr
+    assert said(code) == "False"
 
 
 # Refusals

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from cases import needs_extension
+from cases import needs_extension, said
 
 import fastrnn
 from fastrnn.dispatch import BACKENDS
@@ -183,19 +183,6 @@ def test_types_are_shipped() -> None:
     assert Path(fastrnn.__file__).with_name("py.typed").is_file()
 
 
-def run_python(code: str, directory: Path, **environment: str) -> str:
-    """What a process says that is started elsewhere."""
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
 def test_import_costs_little_more_than_torch(tmp_path: Path) -> None:
     script = """
         import sys, torch
@@ -203,7 +190,7 @@ def test_import_costs_little_more_than_torch(tmp_path: Path) -> None:
         import fastrnn
         print(*set(sys.modules) - before)
     """
-    new = set(run_python(script, tmp_path).split())
+    new = set(said(script, tmp_path).split())
     slow = {
         "matplotlib",
         "numba",
@@ -228,7 +215,7 @@ def test_import_starts_no_thread(tmp_path: Path) -> None:
         fastrnn.LSTM(3, 4)
         print(len(os.listdir("/proc/self/task")) - before)
     """
-    assert run_python(script, tmp_path).strip() == "0"
+    assert said(script, tmp_path) == "0"
 
 
 def test_a_second_process_does_not_compile(tmp_path: Path) -> None:
@@ -249,7 +236,7 @@ def test_a_second_process_does_not_compile(tmp_path: Path) -> None:
                 hits += sum(function.cache_hits for function in cells.compiled(mode, element))
         print(hits)
     """
-    runs = [int(run_python(script, tmp_path, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2)]
+    runs = [int(said(script, tmp_path, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2)]
     assert runs == [0, 2 * (2 + 3 * 2)]
 
 
@@ -294,6 +281,25 @@ def test_a_build_without_the_extension(
         )
         assert "C++ extension is left out: " in run.stderr and why in run.stderr, run.stderr
         assert (run.returncode != 0) == required
+
+
+@needs_tree
+@needs_extension
+def test_an_extension_that_does_not_compile(tmp_path: Path) -> None:
+    """It is left out as well, though a trial of the compiler went well."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
+    command += ["--build-temp", str(tmp_path / "objects"), "--force"]
+    for required in (False, True):
+        environment = {
+            "FASTRNN_CXXFLAGS": "-include nowhere.h",
+            "FASTRNN_REQUIRE_CPP": str(int(required)),
+        }
+        run = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+        )
+        assert "nowhere.h" in run.stderr
+        assert (run.returncode != 0) == required, run.stderr
+        assert not list(tmp_path.rglob("*.so"))
 
 
 def extension() -> Path:

@@ -10,13 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, Case, assert_equal, assert_near, data, evaluate, ours, runnable
+from cases import LAYERS, Case, assert_equal, assert_near, data, evaluate, ours, runnable, said
 
 import fastrnn
 from fastrnn.cells import CELLS
@@ -25,24 +24,6 @@ from fastrnn.dispatch import load
 fast = pytest.mark.parametrize("backend", runnable())
 needs_numba = pytest.mark.skipif("numba" not in runnable(), reason="numba is not installed")
 MODES = list(LAYERS)
-
-
-def run_python(code: str) -> str:
-    """The last line a process writes; a hang fails, and takes its children along."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, f"{process.returncode}: {output}"
-    return output.splitlines()[-1]
 
 
 # The interpreter lock
@@ -166,7 +147,7 @@ print(threads() - before)
 def test_no_more_threads_are_started_than_torch_may_use(n: int, backend: str) -> None:
     # Numba's kernels have a pool of their own beside that of torch's products.
     most = (n - 1) * (2 if backend == "numba" else 1)
-    assert int(run_python(COUNT_THREADS.format(n=n, backend=backend))) <= most
+    assert int(said(COUNT_THREADS.format(n=n, backend=backend))) <= most
 
 
 KEEP_CORES = """
@@ -185,7 +166,7 @@ print("kept")
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
 def test_threads_keep_the_cores_they_may_run_on() -> None:
-    assert run_python(KEEP_CORES) == "kept"
+    assert said(KEEP_CORES) == "kept"
 
 
 @needs_numba
@@ -329,7 +310,7 @@ print("done")
 )
 @pytest.mark.parametrize("cls", ["LSTM", "GRU"])
 def test_a_forked_child_runs_layers(backend: str, cls: str, prepare: str) -> None:
-    assert run_python(FORKED.format(cls=cls, prepare=prepare, backend=backend)) == "done"
+    assert said(FORKED.format(cls=cls, prepare=prepare, backend=backend)) == "done"
 
 
 FORKED_AFTER_TORCH = """
@@ -356,29 +337,31 @@ print("done")
 @pytest.mark.parametrize("backend", [*runnable(), "torch"])
 @pytest.mark.parametrize("cls", ["LSTM", "GRU"])
 def test_a_child_of_a_process_that_used_torch_only(backend: str, cls: str) -> None:
-    assert run_python(FORKED_AFTER_TORCH.format(cls=cls, backend=backend)) == "done"
+    assert said(FORKED_AFTER_TORCH.format(cls=cls, backend=backend)) == "done"
 
 
 LOADER = """
 import torch, fastrnn
 from torch.utils.data import DataLoader, Dataset
 m = fastrnn.GRU(8, 64)
-with torch.no_grad():
-    expected = m(torch.ones(50, 32, 8))[0]
+def some():
+    with torch.no_grad(), fastrnn.use_backend("{backend}"):
+        return m(torch.ones(50, 32, 8))[0]
+expected = some()
 class Items(Dataset):
     def __len__(self):
         return 4
     def __getitem__(self, k):
-        with torch.no_grad():
-            return m(torch.ones(50, 32, 8))[0]
+        return some()
 for batch in DataLoader(Items(), num_workers=2, batch_size=None, multiprocessing_context="fork"):
     torch.testing.assert_close(batch, expected)
 print("done")
 """
 
 
-def test_a_data_loader_runs_layers_in_its_workers() -> None:
-    assert run_python(LOADER) == "done"
+@fast
+def test_a_data_loader_runs_layers_in_its_workers(backend: str) -> None:
+    assert said(LOADER.format(backend=backend)) == "done"
 
 
 # Cores
@@ -403,7 +386,7 @@ print("done")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
 @pytest.mark.parametrize("first", ["", "fastrnn.LSTM(64, 64)(torch.randn(30, 32, 64))"])
 def test_two_threads_on_one_core_do_not_hang(backend: str, first: str) -> None:
-    assert run_python(PINNED.format(first=first, backend=backend)) == "done"
+    assert said(PINNED.format(first=first, backend=backend)) == "done"
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -448,7 +431,7 @@ for _ in range(30):
 print(pages() - before)
 """
     # One step keeps 10 MB for its backward: 30 that were never given back would be 300.
-    assert int(run_python(code)) < 50e6
+    assert int(said(code)) < 50e6
 
 
 @fast
@@ -484,5 +467,4 @@ m(torch.randn(100, 64, 64))[0].sum().backward()
 """
     if not os.path.exists("/proc/self/status"):
         pytest.skip("reads /proc")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    said(code)

@@ -147,7 +147,7 @@ def _openmp() -> str:
     found = sorted(set(re.findall(r"/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*", maps)))
     if len(found) > 1:
         return f"{len(found)} runtimes, which share no threads: {', '.join(found)}"
-    return f"{found[0]}, shared by all" if found else "none"
+    return f"{found[0]}, the only one" if found else "none"
 
 
 def _info() -> int:

@@ -195,7 +195,7 @@ def _warn_without_extension() -> None:
         )
         + "; `python -m fastrnn info` says more",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=8,  # whoever called the module
     )
 
 
