@@ -450,9 +450,9 @@ def search(request: Request) -> Plan | None:
 
 
 def largest(request: Request) -> int:
-    """The largest H, in steps of 128, for which the plan is within the limits."""
+    """The largest H, in steps of 128 and to 2048, for which the plan is within the limits."""
     # Upwards, since what is far too large takes the compiler minutes.
     H = request.H
-    while _holds(replace(request, H=H + 128)):
+    while H < BUCKETS[-1] and _holds(replace(request, H=H + 128)):
         H += 128
     return H
