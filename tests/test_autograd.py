@@ -25,9 +25,7 @@ from cases import (
     theirs,
 )
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import fastrnn
@@ -477,72 +475,6 @@ def test_a_final_state_may_be_edited(mode: str) -> None:
         results.append(gradients(outputs, leaves))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_double_backward_is_refused(mode: str) -> None:
-    outputs, leaves = graph(small(mode), ours)
-    grads = torch.autograd.grad(outputs[0].square().sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"(?i)twice|double"):
-        sum(g.square().sum() for g in grads).backward()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_double_backward_of_a_linear_loss_is_refused(mode: str) -> None:
-    """A gradient penalty: the cotangents need no gradient, but what they are multiplied with does.
-
-    An error that only comes when the cotangents need one would leave the penalty out unsaid.
-    """
-    outputs, leaves = graph(small(mode), ours)
-    (dx,) = torch.autograd.grad(outputs[0].sum(), leaves[:1], create_graph=True)
-    penalty = dx.square().sum()
-    with pytest.raises(RuntimeError, match=r"(?i)twice|double"):
-        (outputs[0].square().sum() + penalty).backward()
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("where", ["input", "hx", "weight"])
-@pytest.mark.parametrize("grad", [True, False])
-def test_forward_mode_is_refused(mode: str, where: str, grad: bool) -> None:
-    case = small(mode, layers=1, directions=1)
-    d = data(case, F64)
-    m = ours(case, F64).requires_grad_(grad)
-    cell = STEPS[mode][0](5, 6, dtype=F64).requires_grad_(grad)
-    with forward_ad.dual_level():
-        x, *hx = (
-            forward_ad.make_dual(t, torch.ones_like(t)) if name == where else t
-            for t, name in zip((d.x, *d.hx), ("input", "hx", "hx"), strict=False)
-        )
-        weights = dict(m.named_parameters())
-        if where == "weight":
-            w = weights["weight_hh_l0"]
-            weights["weight_hh_l0"] = forward_ad.make_dual(w.detach(), torch.ones_like(w))
-        step_weights = {n: weights[f"{n}_l0"] for n in dict(cell.named_parameters())}
-        for module, w, input, state in (
-            (m, weights, x, hx),
-            (cell, step_weights, x[0], [s[0] for s in hx]),
-        ):
-            with pytest.raises((RuntimeError, NotImplementedError), match=r"forward mode|jvp"):
-                functional_call(module, w, (input, tuple(state) if len(state) > 1 else state[0]))
-
-
-@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
-def test_transforms_are_refused(transform: str) -> None:
-    m = fastrnn.LSTM(3, 4)
-    x = torch.randn(2, 5, 2, 3)
-
-    def f(x: Tensor) -> Tensor:
-        return m(x)[0].sum()
-
-    run = {
-        "grad": lambda: torch.func.grad(f)(x[0]),
-        "jvp": lambda: torch.func.jvp(f, (x[0],), (x[1],)),
-        "vmap": lambda: torch.func.vmap(f)(x),
-    }
-    for needed in (True, False):
-        m.requires_grad_(needed)
-        with pytest.raises(RuntimeError, match=r"transforms of torch\.func"):
-            run[transform]()
 
 
 def test_batched_gradients_are_refused() -> None:

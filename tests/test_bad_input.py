@@ -14,8 +14,6 @@ from cases import LAYERS, STEPS, runnable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import fastrnn
@@ -534,26 +532,6 @@ def test_a_weight_that_grew_behind_autograds_back(backend: str) -> None:
     m.weight_hh_l0.data = torch.randn(3 * 64, 64)
     with pytest.raises((RuntimeError, ValueError)):
         y.sum().backward()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_tracing_is_refused(mode: str) -> None:
-    for m, x in (
-        (LAYERS[mode][0](3, 4), torch.zeros(5, 2, 3)),
-        (STEPS[mode][0](3, 4), torch.zeros(2, 3)),
-    ):
-        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record"):
-            torch.jit.trace(m, x)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_recording_with_made_up_tensors_is_refused(mode: str) -> None:
-    m, x = LAYERS[mode][0](3, 4), torch.zeros(5, 2, 3)
-    with pytest.raises(RuntimeError, match="cannot record fastrnn's layers"):
-        make_fx(lambda x: m(x)[0])(x)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, pytest.raises(RuntimeError, match="cannot record fastrnn's layers"):
-        m(fake.from_tensor(x))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -41,6 +41,7 @@ LAYERS = [
     "modules",
     "functional",
     "autograd",
+    "operators",
     "dispatch",
     "backends",
     "kernels",

@@ -1,8 +1,14 @@
-"""One autograd Function behind every cell, direction and backend."""
+"""One autograd Function behind every cell, direction and backend, and what it does not serve.
+
+A layer is differentiated by its backend's ``backward``. Under vmap it runs once for all samples
+where only input and state differ, and otherwise once for each. What else torch does to functions,
+forward mode and derivatives of derivatives, it does to the reference, which is plain torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
@@ -10,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastrnn import operators
 from fastrnn.backends import Backend
 from fastrnn.cells import Cell, State, Weights
+from fastrnn.operators import recording, tracing
 
-__all__ = ["layer"]
+__all__ = ["layer", "transformed"]
 
 PER_DIRECTION = len(Weights.__args__)  # type: ignore[attr-defined]
-BEFORE_X = 5  # arguments of _Layer.forward
 
 
 def layer(
@@ -32,19 +39,59 @@ def layer(
 
     With no gradient to compute, no Function is entered and nothing is saved.
     """
-    if _differentiable(x, weights, state):
-        out, *final = _Layer.apply(  # type: ignore[no-untyped-call]
-            backend, cell, batch_sizes, batch, len(weights), x, *chain(*weights), *(state or ())
+    if forward_ad._current_level >= 0:
+        return _plain(cell, x, weights, state, batch_sizes, batch)
+    if recording():
+        if transformed():
+            return _plain(cell, x, weights, state, batch_sizes, batch)
+        # A trace may be trained, and is compared with one that is made without gradients.
+        save = tracing() or _differentiable(x, weights, state)
+        name = backend.__name__.rpartition(".")[2]
+        return operators.layer(name, cell, x, weights, state, batch_sizes, batch, save)
+    in_transform = transformed()
+    if in_transform or _differentiable(x, weights, state):
+        if in_transform and batch_sizes is not None:
+            batch_sizes = _unwrapped(batch_sizes)
+        call = _Call(backend, cell, batch_sizes, batch, len(weights))
+        out, _, *final = _Layer.apply(  # type: ignore[no-untyped-call]
+            call, x, *chain(*weights), *(state or ())
         )
         return out, tuple(final)
     out, final_state, _ = backend.forward(cell, x, weights, state, batch_sizes, batch, save=False)
     return out, final_state
 
 
+def _plain(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Weights],
+    state: State | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+) -> tuple[Tensor, State]:
+    """A layer in torch's own operators."""
+    from fastrnn.backends import reference
+
+    out, final, _ = reference.forward(cell, x, weights, state, batch_sizes, batch, save=False)
+    return out, final
+
+
+def transformed() -> bool:
+    """Whether tensors may be those of a transform of ``torch.func``, or of forward mode."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _unwrapped(batch_sizes: Tensor) -> Tensor:
+    """Without what transforms wrap tensors in that are made inside them."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(batch_sizes):
+        if functorch.is_batchedtensor(batch_sizes):
+            raise RuntimeError("expected batch_sizes that are the same for all samples of vmap")
+        batch_sizes = functorch.get_unwrapped(batch_sizes)
+    return batch_sizes
+
+
 def _differentiable(x: Tensor, weights: Sequence[Weights], state: State | None) -> bool:
-    # A dual tensor need not require grad; outside the Function its tangent would be lost unsaid.
-    if forward_ad._current_level >= 0:
-        return True
     if not torch.is_grad_enabled():
         return False
     if x.requires_grad:
@@ -56,81 +103,165 @@ def _differentiable(x: Tensor, weights: Sequence[Weights], state: State | None) 
     return state is not None and any(s.requires_grad for s in state)
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What no transform looks into."""
+
+    backend: Backend
+    cell: Cell
+    batch_sizes: Tensor | None
+    batch: int
+    D: int
+
+    def weights_and_state(self, tensors: Sequence[Tensor]) -> tuple[list[Weights], State | None]:
+        end = self.D * PER_DIRECTION
+        weights = [
+            cast(Weights, tuple(tensors[k : k + PER_DIRECTION]))
+            for k in range(0, end, PER_DIRECTION)
+        ]
+        return weights, tuple(tensors[end:]) or None
+
+
 class _Layer(torch.autograd.Function):
+    """The arguments after ``call`` are x, each direction's five weights, and the states if any."""
+
+    @staticmethod
+    def forward(call: _Call, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, state = call.weights_and_state(tensors)
+        out, final, saved = call.backend.forward(
+            call.cell, x.contiguous(), weights, state, call.batch_sizes, call.batch, save=True
+        )
+        return out, cast(Tensor, saved), *final
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, x, *tensors = inputs
+        out, saved, *_ = output
+        ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, out, saved, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _: None, *dfinal: Tensor | None) -> Any:
+        _, *needed = ctx.needs_input_grad
+        if dout is None and all(g is None for g in dfinal):
+            return None, *(None for _ in needed)
+        # Mostly, nobody differentiates again.
+        run = _Reverse.apply if torch.is_grad_enabled() else _Reverse.forward
+        try:
+            grads = run(ctx.call, tuple(needed), dout, *dfinal, *ctx.saved_tensors)
+        except (ValueError, RuntimeError):
+            _refuse_batched(dout, *dfinal)
+            raise
+        return None, *grads
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], call: _Call, *tensors: Tensor) -> Any:
+        weight_dims = in_dims[2 : 2 + call.D * PER_DIRECTION]
+        if call.batch_sizes is not None or any(dim is not None for dim in weight_dims):
+            return _each(_Layer, info, in_dims, call, *tensors)
+        # Samples are sequences like any other.
+        V, B = info.batch_size, call.batch
+        many = _Call(call.backend, call.cell, None, V * B, call.D)
+        out, saved, *final = _Layer.apply(  # type: ignore[no-untyped-call]
+            many,
+            *(
+                t if t is None or k in range(1, 1 + len(weight_dims)) else _folded(t, dim, V)
+                for k, (t, dim) in enumerate(zip(tensors, in_dims[1:], strict=True))
+            ),
+        )
+        D, N, *kept = saved.shape
+        rows = saved.view(D, N // max(1, V * B), V, B, *kept).movedim(2, 0).flatten(2, 3)
+        apart = [t.unflatten(-2, (V, B)).movedim(-3, 0) for t in (out, *final)]
+        outputs = (apart[0], rows, *apart[1:])
+        return outputs, (0,) * len(outputs)
+
+
+def _folded(t: Tensor, dim: int | None, V: int) -> Tensor:
+    """``[*, B, features]`` of all samples as ``[*, V * B, features]``."""
+    t = t.unsqueeze(0).expand(V, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.movedim(0, -3).flatten(-3, -2)
+
+
+class _Reverse(torch.autograd.Function):
+    """The gradients that are needed.
+
+    The arguments after ``needed`` are dout, that of each final state, and what _Layer saved.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any,
-        backend: Backend,
-        cell: Cell,
-        batch_sizes: Tensor | None,
-        batch: int,
-        D: int,
-        x: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        weights, state = _unflatten(D, tensors)
-        out, final, saved = backend.forward(cell, x, weights, state, batch_sizes, batch, save=True)
-        ctx.backend, ctx.cell, ctx.batch_sizes = backend, cell, batch_sizes
-        ctx.batch, ctx.D = batch, D
-        ctx.save_for_backward(x, out, saved, *tensors)
-        ctx.set_materialize_grads(False)
-        return out, *final
+        call: _Call, needed: tuple[bool, ...], dout: Tensor | None, *tensors: Any
+    ) -> tuple[Tensor | None, ...]:
+        states = len(call.cell.states)
+        dfinal, (x, out, saved, *rest) = tensors[:states], tensors[states:]
+        weights, state = call.weights_and_state(rest)
+        # Samples of vmap need not lie in a row.
+        x, out, saved = x.contiguous(), out.contiguous(), saved.contiguous()
+        layer = (call.cell, x, weights, state, call.batch_sizes, call.batch)
+        with torch.no_grad():
+            return call.backend.backward(*layer, out, saved, dout, dfinal, needed)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, *dfinal: Tensor | None) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[BEFORE_X:]
-        grads: Sequence[Tensor | None] = (None,) * len(needed)
-        if dout is not None or any(g is not None for g in dfinal):
-            x, out, saved, *tensors = ctx.saved_tensors
-            weights, state = _unflatten(ctx.D, tensors)
-            try:
-                with torch.no_grad():
-                    grads = ctx.backend.backward(
-                        ctx.cell,
-                        x,
-                        weights,
-                        state,
-                        ctx.batch_sizes,
-                        ctx.batch,
-                        out,
-                        saved,
-                        dout,
-                        dfinal,
-                        needed,
-                    )
-            except (ValueError, RuntimeError):
-                _refuse_batched(dout, *dfinal)
-                raise
-        # With create_graph=True these would otherwise be constants to whoever differentiates again.
-        if torch.is_grad_enabled():
-            anchor = torch.empty(0, requires_grad=True)
-            _, *grads = _Once.apply(anchor, *grads)  # type: ignore[no-untyped-call]
-        return (*(None,) * BEFORE_X, *grads)
-
-
-class _Once(torch.autograd.Function):
-    """Hands gradients on, and refuses to be differentiated itself."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.call, ctx.needed, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Any, ...]:
-        return anchor.view_as(anchor), *(None if g is None else g.view_as(g) for g in grads)
+    def backward(ctx: Any, *dgrads: Tensor | None) -> Any:
+        call, states = ctx.call, 1 + len(ctx.call.cell.states)
+        tensors = ctx.saved_tensors
+        dys, (x, _, _, *rest) = tensors[:states], tensors[states:]
+        # What is not there is no argument of a function to differentiate.
+        there = [t is not None for t in (x, *rest)]
+        inputs = [t for t in (x, *rest) if t is not None]
+        given = [g for g in dys if g is not None]
+
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            values = iter(inputs)
+            x, *rest = [cast(Tensor, next(values) if has else None) for has in there]
+            weights, state = call.weights_and_state(rest)
+            out, final = _plain(call.cell, x, weights, state, call.batch_sizes, call.batch)
+            return tuple(y for y, g in zip((out, *final), dys, strict=True) if g is not None)
+
+        def gradients(*arguments: Tensor) -> tuple[Tensor, ...]:
+            pull = torch.func.vjp(run, *arguments[: len(inputs)])[1]
+            wanted = [n for n, has in zip(ctx.needed, there, strict=True) if has]
+            grads = pull(arguments[len(inputs) :])
+            return tuple(g for g, want in zip(grads, wanted, strict=True) if want)
+
+        pull = torch.func.vjp(gradients, *inputs, *given)[1]
+        found = iter(pull(tuple(g for g in dgrads if g is not None)))
+        dx, *drest = [next(found) if has else None for has in there]
+        ddys = [None if g is None else next(found) for g in dys]
+        return None, None, *ddys, dx, None, None, *drest
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        raise RuntimeError(
-            "fastrnn's layers cannot be differentiated twice: double backward is not supported"
-        )
+    def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+        return _each(_Reverse, info, in_dims, *args)
+
+
+def _each(
+    function: type[torch.autograd.Function], info: Any, in_dims: Sequence[Any], *args: Any
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """A rule for vmap: once for each sample."""
+
+    def sample(k: int) -> list[Any]:
+        return [
+            a.select(dim, k) if isinstance(dim, int) else a
+            for a, dim in zip(args, in_dims, strict=True)
+        ]
+
+    if info.batch_size == 0:
+        raise RuntimeError("expected vmap over at least one sample of a layer, got none")
+    results = [function.apply(*sample(k)) for k in range(info.batch_size)]
+    outputs = tuple(
+        None if each[0] is None else torch.stack(each) for each in zip(*results, strict=True)
+    )
+    return outputs, tuple(None if t is None else 0 for t in outputs)
 
 
 def _refuse_batched(*grads: Tensor | None) -> None:
     """No backend knows the tensors of ``is_grads_batched=True``; each fails in its own words."""
     if any(g is not None and "Batched" in str(torch._C._dispatch_keys(g)) for g in grads):
         raise RuntimeError("fastrnn's layers have no batched gradients (is_grads_batched=True)")
-
-
-def _unflatten(D: int, tensors: Sequence[Tensor]) -> tuple[list[Weights], State | None]:
-    end = D * PER_DIRECTION
-    weights = [
-        cast(Weights, tuple(tensors[k : k + PER_DIRECTION])) for k in range(0, end, PER_DIRECTION)
-    ]
-    return weights, tuple(tensors[end:]) or None

@@ -40,8 +40,7 @@ Cho et al. 2014 in the form of torch.nn and cuDNN, where r multiplies after the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -88,6 +87,9 @@ class Cell:
             product, and None stands for zero.
         projectable: whether ``proj_size`` may be used. A projected h has another size than the
             cell's own output, so such a cell must use neither ``s[0]`` nor ``h``.
+
+    Attributes:
+        state_range: numbers of the states: 0 is h.
     """
 
     mode: str
@@ -101,16 +103,15 @@ class Cell:
         tuple[Values, Sequence[Tensor | None]],
     ]
     projectable: bool = False
+    state_range: range = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "state_range", range(len(self.states)))
 
     @property
     def slots(self) -> int:
         """Values that the two products give to one unit: ``2 * gates - shared``."""
         return 2 * len(self.gates) - self.shared
-
-    @cached_property
-    def state_range(self) -> range:
-        """Numbers of the states: 0 is h."""
-        return range(len(self.states))
 
     def saved_slots(self, projected: bool) -> int:
         """Values per unit and step that a driver keeps: ``v``, ``s[1:]``, and m if projected."""

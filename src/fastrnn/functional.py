@@ -12,12 +12,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastrnn.autograd import layer
+from fastrnn.autograd import layer, transformed
 from fastrnn.backends import Backend, Sizes, Stacks
-from fastrnn.cells import Cell, State, Weights
-from fastrnn.dispatch import pick, sizes_matter
+from fastrnn.cells import CELLS, Cell, State, Weights
+from fastrnn.dispatch import load, pick, sizes_matter
+from fastrnn.operators import recording
 
 __all__ = ["check_batch_sizes", "rnn", "sizes_of", "step"]
 
@@ -57,7 +57,6 @@ def rnn(
         RuntimeError: sizes, dtypes or devices do not fit together, or T = 0.
         fastrnn.BackendError: the backend that was asked for cannot run this.
     """
-    _refuse_tracing()
     if batch_sizes is None:
         if input.dim() != 3:
             raise ValueError(f"expected an input of 3 dimensions [T, B, I], got {input.dim()}")
@@ -69,10 +68,7 @@ def rnn(
             raise ValueError(f"expected packed rows of 2 dimensions [N, I], got {input.dim()}")
         batch = check_batch_sizes(batch_sizes, input.shape[0])
         T = len(batch_sizes)
-    sizes = None
-    if sizes_matter(input.is_cpu):
-        sizes = sizes_of(cell, input, weights, batch, T, batch_sizes is not None)
-    run = pick(cell, input.dtype, input.device, sizes, backend)
+    run = _pick(cell, input, weights, batch, T, batch_sizes is not None, backend)
     if run.STACKS:
         _check_stack(cell, input, weights, hx, batch_sizes, batch)
         return cast(Stacks, run).rnn(
@@ -113,14 +109,10 @@ def step(
     Raises:
         ValueError, RuntimeError, fastrnn.BackendError: as :func:`rnn`.
     """
-    _refuse_tracing()
     if input.dim() != 2:
         raise ValueError(f"expected an input of 2 dimensions [B, I], got {input.dim()}")
     batch = input.shape[0]
-    sizes = None
-    if sizes_matter(input.is_cpu):
-        sizes = sizes_of(cell, input, ((weights,),), batch)
-    run = pick(cell, input.dtype, input.device, sizes, backend)
+    run = _pick(cell, input, ((weights,),), batch, 1, False, backend)
     if run.STACKS:
         _check(cell, input, (weights,), hx, None, batch)
         return cast(Stacks, run).step(cell, input, hx, weights)
@@ -149,21 +141,35 @@ def sizes_of(
     )
 
 
-def _refuse_tracing() -> None:
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise RuntimeError(
-            "vmap and the other transforms of torch.func cannot go through fastrnn's layers: "
-            "transform torch.nn's"
-        )
-    # Kernels that are not torch's operators would go unrecorded, and their results as constants.
-    if torch._C._is_tracing():
-        raise RuntimeError("torch.jit.trace cannot record fastrnn's layers: trace torch.nn's")
-    if torch._C._len_torch_dispatch_stack():
-        modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
-        if modes & {"ProxyTorchDispatchMode", "FakeTensorMode"}:
-            raise RuntimeError(
-                "make_fx and fake tensors cannot record fastrnn's layers: record torch.nn's"
-            )
+def _pick(
+    cell: Cell,
+    input: Tensor,
+    weights: Sequence[Sequence[Weights]],
+    batch: int,
+    steps: int,
+    packed: bool,
+    backend: str | None,
+) -> Backend | Stacks:
+    if torch.onnx.is_in_onnx_export():
+        return cast(Stacks, load("torch"))  # which has operators that the exporters know
+    if recording():
+        return _recorded(cell.mode, input.dtype, input.device.type, backend)
+    sizes = None
+    if sizes_matter(input.is_cpu):
+        sizes = sizes_of(cell, input, weights, batch, steps, packed)
+    run = pick(cell, input.dtype, input.device, sizes, backend)
+    # torch's own operators have no rule for vmap, and not all of them one for forward mode.
+    return cast(Backend, load("reference")) if run.STACKS and transformed() else run
+
+
+def _recorded(mode: str, dtype: torch.dtype, device: str, backend: str | None) -> Backend | Stacks:
+    """The choice where sizes may be symbols; no compiler need see how it comes about."""
+    load("reference")  # the same goes for its import
+    return pick(CELLS[mode], dtype, torch.device(device), None, backend)
+
+
+# As torch.compiler.assume_constant_result, which imports the compiler.
+_recorded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _layer(

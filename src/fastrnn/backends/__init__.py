@@ -70,6 +70,7 @@ class Choosable(Protocol):
         STACKS: whether it is one of :class:`Stacks`, or else a :class:`Backend`.
     """
 
+    __name__: str
     STACKS: bool
 
     def missing(self) -> str | None:
@@ -121,9 +122,11 @@ class Backend(Choosable, Protocol):
     Attributes:
         CHECKS: whether ``forward`` itself raises ValueError where the weights and the state do not
             fit together and ``x``, in size, dtype or device. Otherwise functional checks first.
+        MULTIPLE: of what the hidden size of ``saved`` is a multiple; it is the next one of H.
     """
 
     CHECKS: bool
+    MULTIPLE: int
 
     def forward(
         self,

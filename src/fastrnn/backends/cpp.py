@@ -25,6 +25,7 @@ else:
 
 __all__ = [
     "CHECKS",
+    "MULTIPLE",
     "STACKS",
     "backward",
     "describe",
@@ -36,6 +37,7 @@ __all__ = [
 
 
 CHECKS = True
+MULTIPLE = 1
 STACKS = False
 
 

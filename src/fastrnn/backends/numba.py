@@ -22,6 +22,7 @@ from fastrnn.kernels.numba import MODES
 
 __all__ = [
     "CHECKS",
+    "MULTIPLE",
     "STACKS",
     "backward",
     "describe",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 CHECKS = False
+MULTIPLE = 16
 STACKS = False
 
 MOST_UNITS = 512

@@ -2,6 +2,8 @@
 
 Only the first n rows of the running state are touched at a step with n rows, so a sequence that has
 ended (or, in reverse, not begun) keeps its state, and one loop serves dense, packed and reverse.
+
+``forward`` writes nothing in place: torch can differentiate it, and transform it, as it stands.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from fastrnn.rows import previous, steps
 
 __all__ = [
     "CHECKS",
+    "MULTIPLE",
     "STACKS",
     "backward",
     "describe",
@@ -29,6 +32,7 @@ __all__ = [
 ]
 
 CHECKS = False
+MULTIPLE = 1
 STACKS = False
 
 
@@ -71,31 +75,38 @@ def forward(
     N, D, G, shared = x.shape[0], len(weights), len(cell.gates), cell.shared
     H, P = weights[0][1].shape[0] // G, weights[0][1].shape[1]
     projected = weights[0][4] is not None
-    directions = (D,) if len(leading) == 2 or batch_sizes is not None else ()
-    result = tuple(x.new_zeros(*directions, batch, H if k else P) for k in cell.state_range)
-    if state is not None:
-        for new, old in zip(result, state, strict=True):
-            new.copy_(old)
-    final = [s.view(D, batch, H if k else P) for k, s in enumerate(result)]
-    out = x.new_empty(N, D, P)
-    saved = x.new_empty(D, N, cell.saved_slots(projected), H) if save else None
+    directions = len(leading) == 2 or batch_sizes is not None
+    if state is None:
+        shape = (D, batch) if directions else (batch,)
+        state = tuple(x.new_zeros(*shape, H if k else P) for k in cell.state_range)
+    outs, finals, kept = [], [], []
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
         gates_x = F.linear(x, w_ih, b_ih).view(N, G, H)
+        now = [s[d] if directions else s for s in state]
+        out_of_step, kept_of_step = [], []
         for rows in steps(N, batch, batch_sizes, reverse=d == 1):
-            running = [s[d, : rows.stop - rows.start] for s in final]
+            n = rows.stop - rows.start
+            running = [s[:n] for s in now]
             gx = gates_x[rows].unbind(1)
-            gh = F.linear(running[0], w_hh, b_hh).view(-1, G, H).unbind(1)
+            gh = F.linear(running[0], w_hh, b_hh).view(n, G, H).unbind(1)
             both = [a + b for a, b in zip(gx[:shared], gh[:shared], strict=True)]
             y, v = cell.forward([*both, *gx[shared:], *gh[shared:]], running)
-            if saved is not None:
-                for k, value in enumerate([*v, *running[1:], *y[:projected]]):
-                    saved[d, rows, k] = value
             h = y[0] if w_hr is None else F.linear(y[0], w_hr)
-            out[rows, d] = h
-            for old, new in zip(running, (h, *y[1:]), strict=True):
-                old.copy_(new)
-    # In place: no view, which could not be edited after no_grad.
-    return out.resize_(*leading, D * P), result, saved
+            new = (h, *y[1:])
+            ended = [s[n:] for s in now] if n < batch else ()
+            now = [torch.cat(s) for s in zip(new, ended, strict=True)] if ended else list(new)
+            out_of_step.append(h)
+            values = [*v, *running[1:], *y[:projected]]
+            kept_of_step.append(torch.stack(values, 1) if values else h.new_empty(n, 0, H))
+        order = slice(None, None, -1 if d == 1 else 1)
+        outs.append(torch.cat([x.new_empty(0, P), *out_of_step[order]]).view(*leading, P))
+        finals.append(now)
+        if save:
+            empty = x.new_empty(0, cell.saved_slots(projected), H)
+            kept.append(torch.cat([empty, *kept_of_step[order]]))
+    out = torch.cat(outs, -1)  # no view, which could not be edited after no_grad
+    final = tuple(torch.stack(s) if directions else s[0].clone() for s in zip(*finals, strict=True))
+    return out, final, torch.stack(kept) if save else None
 
 
 @in_own_dtype

@@ -26,6 +26,7 @@ from fastrnn.kernels.triton import plans
 
 __all__ = [
     "CHECKS",
+    "MULTIPLE",
     "STACKS",
     "backward",
     "describe",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 CHECKS = False
+MULTIPLE = 16
 STACKS = False
 
 _R = TypeVar("_R")

@@ -1,0 +1,250 @@
+"""Layers where operators are recorded: compiled, exported, traced, described."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import LAYERS, STEPS, Case, assert_near, data, evaluate, layered, ours, run_python
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import fastrnn
+from fastrnn.cells import CELLS
+
+MODES = list(LAYERS)
+F32 = torch.float32
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def model(mode: str, **options: Any) -> nn.Module:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = LAYERS[mode][0](3, 4, num_layers=2, bidirectional=True, **options)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output, final = self.layers(x)
+            return self.head(output) + sum(s.sum() for s in tree_leaves(final))
+
+    return Model()
+
+
+def gradients(m: nn.Module, run: Callable[..., Tensor], x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = run(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *m.parameters()])]
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+class Calls(TorchDispatchMode):
+    """The operators of fastrnn's that are called in the block, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+
+    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "fastrnn":
+            self.calls.append((op, args))
+        return op(*args, **(kwargs or {}))
+
+
+SIZES = ((5, 2), (7, 3), (9, 1))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "mode,backend", [*((mode, None) for mode in MODES), *(("LSTM", b) for b in layered())]
+)
+def test_a_whole_graph_is_compiled(mode: str, backend: str | None, dynamic: bool) -> None:
+    m = model(mode)
+    compiled = torch.compile(m, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for T, B in SIZES:
+        x = torch.randn(T, B, 3)
+        with fastrnn.use_backend(backend):
+            assert_close(gradients(m, compiled, x), gradients(m, m, x))
+            with torch.no_grad():
+                assert_close(compiled(x), m(x))
+
+
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+def test_inductor(mode: str) -> None:
+    m, x = model(mode, batch_first=True, dropout=0.5).eval(), torch.randn(5, 2, 3)
+    compiled = torch.compile(m, fullgraph=True)
+    assert_close(gradients(m, compiled, x), gradients(m, m, x))
+    with torch.no_grad():
+        assert_close(compiled(x), m(x))
+
+
+def test_sizes_that_change_compile_once() -> None:
+    m = model("LSTM")
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(m, fullgraph=True, dynamic=True, backend=counter)
+    for T, B in ((5, 2), (7, 3), (9, 4)):
+        compiled(torch.randn(T, B, 3))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cells_are_compiled(mode: str) -> None:
+    cell = STEPS[mode][0](3, 4)
+
+    def run(x: Tensor) -> Tensor:
+        state = None
+        for each in x:
+            state = cell(each, state)
+        return torch.cat(tree_leaves(state))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 2, 3)
+    assert_close(gradients(cell, compiled, x), gradients(cell, run, x))
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "vmap"])
+def test_transforms_are_compiled(name: str) -> None:
+    m, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+
+    def f(x: Tensor) -> Tensor:
+        return m(x)[0].square().sum()
+
+    def run(x: Tensor) -> Any:
+        if name == "vmap":
+            return torch.func.vmap(f)(x[None])
+        return torch.func.grad(f)(x) if name == "grad" else torch.func.jvp(f, (x,), (x,))[1]
+
+    assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
+def test_a_packed_batch_breaks_the_graph_and_is_right() -> None:
+    m = fastrnn.GRU(3, 4)
+    packed = pack_padded_sequence(torch.randn(5, 3, 3), torch.tensor([5, 3, 2]))
+    compiled = torch.compile(m, backend="aot_eager")
+    assert_close(compiled(packed)[0].data, m(packed)[0].data)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_export_with_any_length_and_batch(mode: str, strict: bool) -> None:
+    m, x = model(mode), torch.randn(5, 2, 3)
+    dim = torch.export.Dim
+    shapes = {0: dim("time", min=2, max=1000), 1: dim("batch", min=2, max=1000)}
+    program = torch.export.export(m, (x,), dynamic_shapes=(shapes,), strict=strict)
+    for T, B in ((9, 7), (2, 2), (300, 3)):
+        x = torch.randn(T, B, 3)
+        assert_close(program.module()(x), m(x))
+
+
+def test_an_exported_program_runs_in_another_process(tmp_path: Any) -> None:
+    m, x = model("LSTM"), torch.randn(5, 2, 3)
+    torch.export.save(torch.export.export(m, (x,)), tmp_path / "model.pt2")
+    torch.save((x, m(x).detach()), tmp_path / "data.pt")
+    code = """
+        import torch, fastrnn
+        x, expected = torch.load("data.pt")
+        torch.testing.assert_close(torch.export.load("model.pt2").module()(x), expected)
+    """
+    run = run_python(code, tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trace(mode: str) -> None:
+    m, x = model(mode), torch.randn(5, 2, 3)
+    traced = torch.jit.trace(m, (x,))
+    for T, B in SIZES:
+        x = torch.randn(T, B, 3)
+        assert_close(gradients(m, traced, x), gradients(m, m, x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fake_tensors_and_make_fx(mode: str) -> None:
+    m, x = LAYERS[mode][0](3, 4), torch.randn(5, 2, 3)
+    expected = m(x)
+    assert_close(make_fx(lambda x: m(x))(x)(x), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        found = m(fake.from_tensor(x))
+    for a, e in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
+
+
+def test_a_record_without_gradients_says_so() -> None:
+    m, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    with torch.no_grad():
+        recorded = make_fx(lambda x: m(x)[0])(x)
+    with pytest.raises(RuntimeError, match="recorded where no gradient was needed"):
+        recorded(x.requires_grad_()).sum().backward()
+
+
+def test_a_mode_sees_one_operator_a_layer() -> None:
+    m, x = fastrnn.LSTM(3, 4, num_layers=2), torch.randn(5, 2, 3)
+    with Calls() as seen:
+        output = m(x)[0]
+        (dx,) = torch.autograd.grad(output.sum(), m.weight_ih_l0, create_graph=True)
+        with pytest.raises(RuntimeError, match="derivatives of derivatives"):
+            dx.sum().backward()
+    assert [op._opname for op, _ in seen.calls] == ["layer", "layer", "reverse", "reverse"]
+
+
+CHECKED = [
+    Case(mode, 2, 1, bias, layout, projected, hx, T=4, B=3, I=5, H=6)
+    for mode, bias, layout, projected, hx in (
+        ("RNN_TANH", True, "dense", False, True),
+        ("RNN_RELU", False, "unsorted", False, False),
+        ("LSTM", True, "dense", True, True),
+        ("LSTM", False, "unsorted", False, True),
+        ("GRU", True, "dense", False, False),
+    )
+]
+
+
+@pytest.mark.parametrize("backend", layered())
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_operators_are_what_torch_expects(case: Case, backend: str) -> None:
+    """``opcheck`` of every call that a layer and its reverse make."""
+    d, m = data(case, F32), ours(case, F32)
+    expected = evaluate(m, case, d, backend)
+    with Calls() as seen:
+        assert_near(evaluate(m, case, d, backend), expected, F32)
+    assert [op._opname for op, _ in seen.calls] == ["layer", "reverse"]
+    for op, args in seen.calls:
+        leaves = tree_map_only(
+            Tensor, lambda t: t.detach().requires_grad_(t.is_floating_point()), args
+        )
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        # The reverse has no derivative to be recorded.
+        tests += ("test_aot_dispatch_dynamic",) if op._opname == "layer" else ()
+        torch.library.opcheck(op, leaves if op._opname == "layer" else args, test_utils=tests)
+
+
+@pytest.mark.parametrize("mode", CELLS)
+def test_a_compiler_sees_bad_input(mode: str) -> None:
+    m = fastrnn.RNNBase(mode, 3, 4)
+    compiled = torch.compile(m, backend="aot_eager")
+    for x, message in (
+        (torch.randn(5, 2, 4), "input_size"),
+        (torch.randn(5), "2D or 3D"),
+        (torch.randn(0, 2, 3), "sequence length"),
+    ):
+        with pytest.raises(Exception, match=message):
+            compiled(x)

@@ -1,0 +1,250 @@
+"""What torch.func, forward mode and double backward make of a layer, against torch.nn's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from cases import LAYERS, STEPS, Case, call, data, layered, ours, theirs
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fastrnn
+from fastrnn.cells import CELLS
+
+MODES = list(LAYERS)
+F64 = torch.float64
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+
+@pytest.fixture(params=layered(), autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastrnn.use_backend(request.param):
+        yield request.param
+
+
+class Problem:
+    """A module as functions of its parameters and input: of all outputs, and of one number."""
+
+    def __init__(self, make: Callable[..., Any], case: Case) -> None:
+        self.module, d = make(case, F64), data(case, F64)
+        self.x, self.hx, self.cotangent = d.x, d.hx, d.cotangents[0]
+        self.packed: PackedSequence | None = None
+        if d.lengths is not None:  # torch cannot transform the packing
+            self.packed = pack_padded_sequence(d.x, d.lengths, enforce_sorted=False)
+            self.x = self.packed.data
+        self.parameters = {n: p.detach() for n, p in self.module.named_parameters()}
+
+    def outputs(self, parameters: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+        input = x if self.packed is None else PackedSequence(x, *self.packed[1:])
+        hx = self.hx if len(self.hx) > 1 else self.hx[0]
+        output, final = functional_call(self.module, parameters, (input, hx))
+        y = output if isinstance(output, Tensor) else output.data
+        return (y, *((final,) if isinstance(final, Tensor) else final))
+
+    def loss(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return sum((y.square().sum() for y in self.outputs(parameters, x)), torch.zeros(()))
+
+    def loss_of_x(self, x: Tensor) -> Tensor:
+        return self.loss(self.parameters, x)
+
+    def output_of_x(self, x: Tensor) -> Tensor:
+        return self.outputs(self.parameters, x)[0]
+
+    def loss_of_weight(self, w: Tensor) -> Tensor:
+        return self.loss({**self.parameters, "weight_hh_l0": w}, self.x)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
+
+
+def small(mode: str, layout: str = "dense", **changes: Any) -> Case:
+    projected = CELLS[mode].projectable
+    sizes = {"T": 3, "B": 2, "I": 3, "H": 4} | changes
+    return Case(mode, 2, 2, True, layout, projected, True, **sizes)
+
+
+TRANSFORMS: dict[str, Callable[[Problem], Any]] = {
+    "grad": lambda p: grad(p.loss)(p.parameters, p.x),
+    "vjp": lambda p: vjp(p.output_of_x, p.x)[1](p.cotangent),
+    "jvp": lambda p: jvp(p.output_of_x, (p.x,), (p.x.cos(),)),
+    "jvp of weights": lambda p: jvp(
+        lambda w: p.outputs(w, p.x), (p.parameters,), (tree_map(torch.cos, p.parameters),)
+    ),
+    "jacrev": lambda p: jacrev(p.output_of_x)(p.x),
+    "jacfwd": lambda p: jacfwd(p.output_of_x)(p.x),
+    "hessian": lambda p: hessian(p.loss_of_weight)(p.parameters["weight_hh_l0"]),
+    "reverse over reverse": lambda p: grad(lambda x: grad(p.loss_of_x)(x).sin().sum())(p.x),
+    "reverse over forward": lambda p: grad(lambda x: jvp(p.loss_of_x, (x,), (x.cos(),))[1])(p.x),
+    "three times": lambda p: grad(
+        lambda x: grad(lambda x: grad(p.loss_of_x)(x).sin().sum())(x).sin().sum()
+    )(p.x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("mode", MODES)
+def test_transforms_are_those_of_torchs_layers(mode: str, name: str) -> None:
+    case = small(mode)
+    assert_same(*(TRANSFORMS[name](Problem(make, case)) for make in (ours, theirs)))
+
+
+def eager_grad(p: Problem, x: Tensor) -> dict[str, Tensor]:
+    """Without torch.func, which torch's own packed layers do not go through."""
+    leaves = {n: w.clone().requires_grad_() for n, w in p.parameters.items()}
+    found = torch.autograd.grad(p.loss(leaves, x), list(leaves.values()))
+    return dict(zip(leaves, found, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_transforms_of_a_packed_batch(mode: str) -> None:
+    case = small(mode, "unsorted")
+    mine, judge = Problem(ours, case), Problem(theirs, case)
+    assert_same(grad(mine.loss)(mine.parameters, mine.x), eager_grad(judge, judge.x))
+    x, tangent = mine.x, mine.x.cos()
+    assert_same(
+        jvp(mine.output_of_x, (x,), (tangent,)),
+        torch.autograd.functional.jvp(judge.output_of_x, x, tangent),
+    )
+    assert_same(hessian(mine.loss_of_x)(x), torch.autograd.functional.hessian(judge.loss_of_x, x))
+
+
+def stacked(results: list[Any]) -> Any:
+    return tree_map(lambda *each: torch.stack(each), *results)
+
+
+@pytest.mark.parametrize("layout", ["dense", "unsorted"])
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_is_a_loop(mode: str, layout: str) -> None:
+    """Over inputs, over an ensemble of weights, over both; and per-sample gradients."""
+    case = small(mode, layout)
+    mine, judge = Problem(ours, case), Problem(theirs, case)
+    scale = torch.linspace(0.5, 2, 3, dtype=F64)
+    many = {n: torch.stack([s * p for s in scale]) for n, p in mine.parameters.items()}
+    x = torch.stack([s * mine.x for s in scale])
+    ensemble = [{n: p[k] for n, p in many.items()} for k in range(3)]
+    for dim in (0, 1):
+        assert_same(
+            vmap(lambda x: mine.outputs(mine.parameters, x), in_dims=dim)(x.movedim(0, dim)),
+            stacked([judge.outputs(judge.parameters, each) for each in x]),
+        )
+    assert_same(
+        vmap(lambda w: mine.outputs(w, mine.x))(many),
+        stacked([judge.outputs(w, judge.x) for w in ensemble]),
+    )
+    assert_same(
+        vmap(mine.outputs)(many, x),
+        stacked([judge.outputs(w, each) for w, each in zip(ensemble, x, strict=True)]),
+    )
+    assert_same(
+        vmap(grad(mine.loss), in_dims=(None, 0))(mine.parameters, x),
+        stacked([eager_grad(judge, each) for each in x]),
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_within_and_around_other_transforms(mode: str) -> None:
+    case = small(mode)
+    mine, judge = Problem(ours, case), Problem(theirs, case)
+    x = torch.stack([mine.x, mine.x.cos()])
+    assert_same(
+        grad(lambda w: vmap(lambda x: mine.loss(w, x))(x).sin().sum())(mine.parameters),
+        grad(lambda w: sum(judge.loss(w, each).sin() for each in x))(judge.parameters),
+    )
+    assert_same(vmap(vmap(mine.loss_of_x))(x[None])[0], vmap(mine.loss_of_x)(x))
+    assert_same(
+        vmap(lambda x: jvp(mine.loss_of_x, (x,), (x,))[1])(x),
+        stacked([jvp(judge.loss_of_x, (each,), (each,))[1] for each in x]),
+    )
+    assert_same(
+        vmap(grad(lambda x: grad(mine.loss_of_x)(x).sum()))(x),
+        stacked([grad(lambda x: grad(judge.loss_of_x)(x).sum())(each) for each in x]),
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_transforms_of_a_cell(mode: str) -> None:
+    found = []
+    for make in STEPS[mode]:
+        torch.manual_seed(1)
+        cell = make(3, 4, dtype=F64)
+        x = torch.randn(5, 2, 3, dtype=F64)
+
+        def loss(x: Tensor, cell: Any = cell) -> Tensor:
+            return sum(s.sin().sum() for s in tree_leaves(cell(x)))
+
+        gradients = [grad(loss), hessian(loss), lambda x: jvp(loss, (x,), (x,))]
+        found.append([[g(each) for g in gradients] for each in x])
+        if make is STEPS[mode][0]:
+            assert_same(vmap(grad(loss))(x), stacked([grad(loss)(each) for each in x]))
+    assert_same(*found)
+
+
+def test_vmap_over_nothing() -> None:
+    m, x = fastrnn.GRU(3, 4), torch.zeros(0, 5, 2, 3)
+    assert vmap(m)(x)[0].shape == (0, 5, 2, 4)
+    weights = {n: p.expand(0, *p.shape) for n, p in m.named_parameters()}
+    with pytest.raises(RuntimeError, match="at least one sample"):
+        vmap(lambda w: functional_call(m, w, (torch.zeros(5, 2, 3),)))(weights)
+
+
+CHECKED = [
+    Case(mode, directions, 1, True, layout, projected, True, T=3, B=2, I=2, H=2)
+    for mode, directions, layout, projected in product(
+        MODES, (1, 2), ("dense", "unsorted"), (False, True)
+    )
+    if CELLS[mode].projectable or not projected
+]
+
+
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_gradcheck_of_every_order_and_mode(case: Case) -> None:
+    p = Problem(ours, case)
+    names, states = list(p.parameters), len(p.hx)
+
+    def f(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        p.hx, weights = rest[:states], rest[states:]
+        return p.outputs(dict(zip(names, weights, strict=True)), x)
+
+    leaves = [t.clone().requires_grad_() for t in (p.x, *p.hx, *p.parameters.values())]
+    assert torch.autograd.gradcheck(f, leaves, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_penalty(mode: str) -> None:
+    """The cotangents need no gradient, but what they are multiplied with does."""
+    found = []
+    for make in (ours, theirs):
+        case = small(mode)
+        d, m = data(case, F64), make(case, F64)
+        x = d.x.requires_grad_()
+        output = call(m, case, x, None, d.hx)[0]
+        (dx,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        (output.square().sum() + dx.square().sum()).backward()
+        found.append([x.grad, *(p.grad for p in m.parameters())])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tangents_without_gradients(mode: str) -> None:
+    """A dual tensor need not require a gradient, nor be the input."""
+    found = []
+    for make in (ours, theirs):
+        case = small(mode)
+        d, m = data(case, F64), make(case, F64).requires_grad_(False)
+        with forward_ad.dual_level():
+            hx = tuple(forward_ad.make_dual(s, s.cos()) for s in d.hx)
+            outputs = call(m, case, d.x, None, hx)
+            found.append([forward_ad.unpack_dual(y) for y in outputs])
+            assert all(tangent is not None for _, tangent in found[-1])
+    assert_same(*found)
