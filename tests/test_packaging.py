@@ -38,6 +38,7 @@ KERNELS = ROOT / "kernels"
 # import anything.
 LAYERS = [
     "__main__",
+    "convert",
     "modules",
     "functional",
     "autograd",

@@ -7,6 +7,7 @@
 
 from importlib.metadata import version
 
+from fastrnn.convert import convert, patched, revert
 from fastrnn.dispatch import BackendError, empty_cache, use_backend
 from fastrnn.modules import (
     GRU,
@@ -30,8 +31,11 @@ __all__ = [
     "RNNBase",
     "RNNCell",
     "RNNCellBase",
+    "convert",
     "empty_cache",
     "explain",
+    "patched",
+    "revert",
     "use_backend",
 ]
 

@@ -186,6 +186,9 @@ class RNNBase(nn.RNNBase):
             return [[w] for w in flat]
         return [flat[k : k + 2] for k in range(0, len(flat), 2)]
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise _no_script()
+
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """Run the layers; see the class for shapes and errors."""
         cell = self._cell
@@ -307,6 +310,13 @@ class RNNBase(nn.RNNBase):
     def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
         state = _permute(_as_state(self._cell, hx), permutation)
         return state if len(state) > 1 else state[0]
+
+
+def _no_script() -> RuntimeError:
+    return RuntimeError(
+        "torch.jit.script cannot compile fastrnn's layers: torch.jit.trace and torch.export record "
+        "them, and fastrnn.revert(model) makes them torch.nn's"
+    )
 
 
 def _lookup(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
@@ -477,6 +487,9 @@ class RNNCellBase(nn.RNNCellBase):
     @property
     def _cell(self) -> Cell:
         raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise _no_script()
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Run one step; see the class for shapes and errors."""

@@ -1,0 +1,132 @@
+"""Models that were written for torch.nn: their recurrent modules become fastrnn's, and back.
+
+A module stays the object that it is and changes its class, so its parameters, hooks and
+parametrisations stay, and so do all references to it, those of tied modules and optimizers among
+them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastrnn import modules
+
+__all__ = ["convert", "patched", "revert"]
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: modules.RNN,
+    nn.LSTM: modules.LSTM,
+    nn.GRU: modules.GRU,
+    nn.RNNCell: modules.RNNCell,
+    nn.LSTMCell: modules.LSTMCell,
+    nn.GRUCell: modules.GRUCell,
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Make every recurrent module and cell of torch.nn in ``model`` one of fastrnn's, in place.
+
+    Returns:
+        ``model`` itself.
+
+    Warns:
+        UserWarning: names what cannot be converted: subclasses, whose methods may rely on torch's
+            own, and what ``torch.jit.script`` has compiled.
+
+    >>> import torch, fastrnn
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.LSTM(4, 8))
+    >>> fastrnn.convert(model)
+    Sequential(
+      (0): Embedding(9, 4)
+      (1): LSTM(4, 8)
+    )
+    >>> type(model[1])
+    <class 'fastrnn.modules.LSTM'>
+    """
+    return _exchanged(model, _OURS, "convert")
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Make every module of fastrnn's in ``model`` the one of torch.nn that it stands for, in place.
+
+    Returns:
+        ``model`` itself.
+
+    Warns:
+        UserWarning: names what cannot be reverted: subclasses, and layers around cells that torch
+            lacks.
+    """
+    return _exchanged(model, _THEIRS, "revert")
+
+
+def _exchanged(
+    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], verb: str
+) -> nn.Module:
+    ours = (modules.RNNBase, modules.RNNCellBase)
+    left = []
+    for name, module in model.named_modules():
+        own = type(module)
+        if parametrize.is_parametrized(module):  # which gave it a class of its own
+            own = own.__bases__[0]
+        why = None
+        if own in classes:
+            _become(module, classes[own])
+        elif isinstance(module, torch.jit.ScriptModule):
+            if module.original_name in (c.__name__ for c in classes):
+                why = "was compiled by torch.jit.script"
+        elif isinstance(module, ours):
+            if classes is _THEIRS:
+                why = "is a subclass, or has a cell that torch lacks"
+        elif isinstance(module, tuple(classes)):
+            why = "is a subclass, which may rely on what torch's does inside"
+        if why:
+            left.append(f"{name or 'the model'} ({type(module).__name__}) {why}")
+    if left:
+        warnings.warn(f"fastrnn did not {verb} all: {'; '.join(left)}", stacklevel=3)
+    return model
+
+
+def _become(module: nn.Module, new: type[nn.Module]) -> None:
+    old = type(module)
+    if parametrize.is_parametrized(module):
+        own = {k: v for k, v in vars(old).items() if k not in ("__dict__", "__weakref__")}
+        new = type(f"Parametrized{new.__name__}", (new,), own)
+    # torch's layers keep a list of their weights, ours look them up.
+    vars(module).pop("_flat_weights", None)
+    vars(module).pop("_flat_weight_refs", None)
+    module.__class__ = new
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Make ``torch.nn.LSTM`` and its siblings fastrnn's inside the block, for others' code.
+
+    What has imported them by name before keeps torch's. The block holds for all threads.
+
+    >>> import torch, fastrnn
+    >>> with fastrnn.patched():
+    ...     model = torch.nn.Sequential(torch.nn.LSTM(4, 8))
+    >>> type(model[0])
+    <class 'fastrnn.modules.LSTM'>
+    """
+    places = [
+        (place, theirs, ours)
+        for theirs, ours in _OURS.items()
+        for place in (nn, nn.modules, nn.modules.rnn)
+    ]
+    try:
+        for place, theirs, ours in places:
+            setattr(place, theirs.__name__, ours)
+        yield
+    finally:
+        for place, theirs, _ in places:
+            setattr(place, theirs.__name__, theirs)
