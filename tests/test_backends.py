@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partialmethod
@@ -13,6 +14,7 @@ from cases import (
     CASES,
     GRID,
     LAYERS,
+    STEPS,
     Case,
     Results,
     assert_as_accurate,
@@ -30,6 +32,7 @@ from cases import (
     theirs,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
 from fastrnn.cells import CELLS
@@ -149,6 +152,54 @@ def test_float32_is_as_accurate_as_torchs(
         actual.append(errors(results[0], judge))
         baseline.append(errors(results[1], judge))
     assert_as_accurate(actual, baseline)
+
+
+NARROW = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@fast
+@NARROW
+@modes
+@pytest.mark.parametrize("layout", ["dense", "unsorted"])
+def test_16_bits_are_as_accurate_as_torchs(
+    mode: str, dtype: torch.dtype, layout: str, backend: str
+) -> None:
+    case = Case(mode, 2, 2, True, layout, False, True, 20, 5, 16, 33)
+    actual, baseline = [], []
+    for seed in range(4):
+        m = ours(case, dtype, seed)
+        d = data(case, F32, seed).to(dtype)
+        judge = evaluate(ours(case, dtype, seed).double(), case, d.to(F64), "reference")
+        torchs = theirs(case, dtype, seed) if mode in LAYERS else m
+        actual.append(errors(evaluate(m, case, d, backend), judge))
+        baseline.append(errors(evaluate(torchs, case, d, "reference"), judge))
+    assert_as_accurate(actual, baseline)
+
+
+@fast
+@NARROW
+@pytest.mark.parametrize("mode", LAYERS)
+def test_autocast(mode: str, dtype: torch.dtype, backend: str) -> None:
+    """Layers and cells run in its dtype, whatever they are called with; float64 stays."""
+    for make, shape in ((LAYERS[mode][0], (5, 2, 3)), (STEPS[mode][0], (2, 3))):
+        torch.manual_seed(0)
+        m, x = make(3, 4), torch.randn(shape)
+        low = copy.deepcopy(m).to(dtype)
+        with fastrnn.use_backend(backend):
+            expected = tree_leaves(low(x.to(dtype)))
+            with torch.autocast("cpu", dtype):
+                for given in (x, x.to(dtype)):
+                    actual = tree_leaves(m(given))
+                    for a, e in zip(actual, expected, strict=True):
+                        assert a.dtype is dtype and torch.equal(a, e)
+                    actual[0].sum().backward()
+                with torch.autocast("cpu", enabled=False):
+                    assert tree_leaves(m(x))[0].dtype is F32
+                assert tree_leaves(copy.deepcopy(m).double()(x.double()))[0].dtype is F64
+            expected[0].sum().backward()
+        for p, q in zip(m.parameters(), low.parameters(), strict=True):
+            assert p.grad.dtype is F32
+            torch.testing.assert_close(p.grad, 2 * q.grad.float(), rtol=2e-2, atol=1e-3)
 
 
 @fast

@@ -70,19 +70,6 @@ def test_layer_is_torchs_grid(case: Case) -> None:
     assert_is_torch(case)
 
 
-@pytest.mark.parametrize("mode", LAYERS)
-def test_autocast_changes_nothing(mode: str) -> None:
-    m, x = LAYERS[mode][0](3, 40), torch.randn(5, 2, 3)
-    results = []
-    with fastrnn.use_backend("reference"):
-        for enabled in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                output, _ = m(x)
-                results.append([output, *torch.autograd.grad(output.sum(), list(m.parameters()))])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("mode", STEPS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("with_hx", [True, False])

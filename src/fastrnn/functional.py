@@ -7,7 +7,7 @@ rely on, whoever calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.dispatch import load, pick, sizes_matter
 from fastrnn.operators import recording
 
-__all__ = ["check_batch_sizes", "rnn", "sizes_of", "step"]
+__all__ = ["autocast_dtype", "check_batch_sizes", "rnn", "sizes_of", "step"]
 
 
 def rnn(
@@ -48,6 +48,8 @@ def rnn(
             zeroed, if ``training``.
         backend: name of the backend; None for the choice of :mod:`fastrnn.dispatch`.
 
+    Under autocast everything but float64 is first cast to its dtype.
+
     Returns:
         The output ``[T, B, D*P]`` (packed: ``[N, D*P]``) and the final state, shaped like ``hx``.
 
@@ -57,6 +59,9 @@ def rnn(
         RuntimeError: sizes, dtypes or devices do not fit together, or T = 0.
         fastrnn.BackendError: the backend that was asked for cannot run this.
     """
+    if (dtype := autocast_dtype(input)) is not None:
+        weights = [[_to(dtype, direction) for direction in layer] for layer in weights]
+        input, hx = input.to(dtype), None if hx is None else _to(dtype, hx)
     if batch_sizes is None:
         if input.dim() != 3:
             raise ValueError(f"expected an input of 3 dimensions [T, B, I], got {input.dim()}")
@@ -109,6 +114,9 @@ def step(
     Raises:
         ValueError, RuntimeError, fastrnn.BackendError: as :func:`rnn`.
     """
+    if (dtype := autocast_dtype(input)) is not None:
+        weights = _to(dtype, weights)
+        input, hx = input.to(dtype), None if hx is None else _to(dtype, hx)
     if input.dim() != 2:
         raise ValueError(f"expected an input of 2 dimensions [B, I], got {input.dim()}")
     batch = input.shape[0]
@@ -117,6 +125,18 @@ def step(
         _check(cell, input, (weights,), hx, None, batch)
         return cast(Stacks, run).step(cell, input, hx, weights)
     return _layer(cast(Backend, run), cell, input, (weights,), hx, None, input.shape[0])[1]
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """What autocast runs a layer in, here and now; None if it leaves the input as it is."""
+    if not torch._C._is_any_autocast_enabled() or input.dtype is torch.float64:
+        return None
+    device = input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _to(dtype: torch.dtype, tensors: Sequence[Any]) -> Any:
+    return tuple([t if t is None else t.to(dtype) for t in tensors])
 
 
 def sizes_of(
@@ -181,7 +201,7 @@ def _layer(
     batch_sizes: Tensor | None,
     batch: int,
 ) -> tuple[Tensor, State]:
-    if not run.CHECKS or x.layout is not torch.strided:
+    if not run.CHECKS or x.layout is not torch.strided or x.dtype.itemsize == 2:
         _check(cell, x, weights, state, batch_sizes, batch)
     try:
         return layer(run, cell, x.contiguous(), weights, state, batch_sizes, batch)

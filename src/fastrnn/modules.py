@@ -255,7 +255,7 @@ class RNNBase(nn.RNNBase):
             )
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
-        if input.dtype is not weight.dtype:
+        if input.dtype is not weight.dtype and functional.autocast_dtype(input) is None:
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: "
@@ -535,7 +535,7 @@ class RNNCellBase(nn.RNNCellBase):
             )
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
-        if input.dtype is not weight.dtype:
+        if input.dtype is not weight.dtype and functional.autocast_dtype(input) is None:
             raise RuntimeError(
                 f"expected input of the weights' dtype {weight.dtype}, got {input.dtype}"
             )
@@ -624,4 +624,5 @@ def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Ch
         else:
             batch, steps = data.shape[:2] if module.batch_first else data.shape[1::-1]
         sizes = functional.sizes_of(module._cell, data, stack, batch, steps, packed)
-    return choose(module._cell, data.dtype, data.device, sizes=sizes)
+    dtype = functional.autocast_dtype(data) or data.dtype
+    return choose(module._cell, dtype, data.device, sizes=sizes)

@@ -133,9 +133,11 @@ def _shapes(
     directions = (D,) if x.dim() == 3 or batch_sizes is not None else ()
     saved = x.new_empty(0)
     if save:
-        units = -(-H // (multiple := cast(Backend, load(backend)).MULTIPLE)) * multiple
+        module = cast(Backend, load(backend))
+        units = -(-H // module.MULTIPLE) * module.MULTIPLE
         N = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
-        saved = x.new_empty(D, N, cell.saved_slots(projected), units)
+        dtype = torch.float32 if module.WIDE and x.dtype.itemsize == 2 else x.dtype
+        saved = x.new_empty(D, N, cell.saved_slots(projected), units, dtype=dtype)
     batch = _batch(x, state, batch_sizes)
     final = [x.new_empty(*directions, batch, H if k else P) for k in cell.state_range]
     return [x.new_empty(*x.shape[:-1], D * P), saved, *final]

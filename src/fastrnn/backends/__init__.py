@@ -123,10 +123,12 @@ class Backend(Choosable, Protocol):
         CHECKS: whether ``forward`` itself raises ValueError where the weights and the state do not
             fit together and ``x``, in size, dtype or device. Otherwise functional checks first.
         MULTIPLE: of what the hidden size of ``saved`` is a multiple; it is the next one of H.
+        WIDE: whether ``saved`` is float32 where the tensors are of 16 bits.
     """
 
     CHECKS: bool
     MULTIPLE: int
+    WIDE: bool
 
     def forward(
         self,

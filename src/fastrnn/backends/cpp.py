@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends import Gradients, Sizes, one_thread_in_a_child
+from fastrnn.backends.products import NARROW, backward_in_float32, forward_in_float32
 from fastrnn.cells import Cell, State, Weights
 
 # torch is imported above, so that the extension finds torch's OpenMP runtime loaded and shares it.
@@ -27,6 +28,7 @@ __all__ = [
     "CHECKS",
     "MULTIPLE",
     "STACKS",
+    "WIDE",
     "backward",
     "describe",
     "empty_cache",
@@ -39,6 +41,7 @@ __all__ = [
 CHECKS = True
 MULTIPLE = 1
 STACKS = False
+WIDE = True
 
 
 def missing() -> str | None:
@@ -83,8 +86,8 @@ def refuses(
 ) -> str | None:
     if device.type != "cpu":
         return f"expected tensors on the CPU, got {device}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"expected torch.float32 or torch.float64, got {dtype}"
+    if dtype not in (torch.float32, torch.float64, *NARROW):
+        return f"expected 16-bit numbers, torch.float32 or torch.float64, got {dtype}"
     if _index(cell) < 0:
         return f"the extension has no cell {cell.mode} like this one"
     return None
@@ -109,6 +112,8 @@ def forward(
     batch: int,
     save: bool,
 ) -> tuple[Tensor, State, Tensor | None]:
+    if x.dtype in NARROW:
+        return forward_in_float32(forward, cell, x, weights, state, batch_sizes, batch, save)
     return _cpp.forward(
         isa(),
         _index(cell),
@@ -135,6 +140,10 @@ def backward(
     dfinal: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> Gradients:
+    if x.dtype in NARROW:
+        return backward_in_float32(
+            backward, cell, x, weights, state, batch_sizes, batch, out, saved, dout, dfinal, needed
+        )
     return _cpp.backward(
         isa(),
         _index(cell),

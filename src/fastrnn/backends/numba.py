@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends import Gradients, Sizes, one_thread_in_a_child
-from fastrnn.backends.products import Recurrence, check_saved, gradients, in_own_dtype
+from fastrnn.backends.products import (
+    NARROW,
+    Recurrence,
+    backward_in_float32,
+    check_saved,
+    forward_in_float32,
+    gradients,
+    in_own_dtype,
+)
 from fastrnn.cells import Cell, State, Weights
 from fastrnn.kernels.numba import MODES
 
@@ -24,6 +32,7 @@ __all__ = [
     "CHECKS",
     "MULTIPLE",
     "STACKS",
+    "WIDE",
     "backward",
     "describe",
     "empty_cache",
@@ -35,6 +44,7 @@ __all__ = [
 CHECKS = False
 MULTIPLE = 16
 STACKS = False
+WIDE = True
 
 MOST_UNITS = 512
 """Of all sequences together, where torch has oneDNN's LSTM; as measured in docs/performance.md."""
@@ -58,8 +68,8 @@ def refuses(
 ) -> str | None:
     if device.type != "cpu":
         return f"expected tensors on the CPU, got {device}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"expected torch.float32 or torch.float64, got {dtype}"
+    if dtype not in (torch.float32, torch.float64, *NARROW):
+        return f"expected 16-bit numbers, torch.float32 or torch.float64, got {dtype}"
     if cell.mode not in MODES:
         return f"there is no kernel for the cell {cell.mode}"
     if automatic and sizes is not None:
@@ -114,6 +124,8 @@ def forward(
     batch: int,
     save: bool,
 ) -> tuple[Tensor, State, Tensor | None]:
+    if x.dtype in NARROW:
+        return forward_in_float32(forward, cell, x, weights, state, batch_sizes, batch, save)
     result: tuple[Tensor, State, Tensor | None] = _launch().forward(
         cell, x, weights, state, batch_sizes, batch, save
     )
@@ -134,6 +146,10 @@ def backward(
     dfinal: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> Gradients:
+    if x.dtype in NARROW:
+        return backward_in_float32(
+            backward, cell, x, weights, state, batch_sizes, batch, out, saved, dout, dfinal, needed
+        )
     layer = (cell, x, weights, state, batch_sizes, batch, out)
     check_saved(*layer, saved)
     recurrence = Recurrence(*_launch().backward(*layer, saved, dout, dfinal))

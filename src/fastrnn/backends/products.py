@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,15 @@ from fastrnn.cells import Cell, State, Weights
 from fastrnn.kernels.padding import numbers
 from fastrnn.rows import previous
 
-__all__ = ["Recurrence", "check_saved", "gradients", "in_own_dtype"]
+__all__ = [
+    "NARROW",
+    "Recurrence",
+    "backward_in_float32",
+    "check_saved",
+    "forward_in_float32",
+    "gradients",
+    "in_own_dtype",
+]
 
 
 _P = ParamSpec("_P")
@@ -39,6 +47,34 @@ def in_own_dtype(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
 
     return run
+
+
+NARROW = frozenset({torch.float16, torch.bfloat16})
+"""What a CPU computes in float32, rounding only the results; what is saved stays as it is."""
+
+
+def forward_in_float32(
+    forward: Callable[..., tuple[Tensor, State, Tensor | None]], cell: Cell, x: Tensor, *rest: Any
+) -> tuple[Tensor, State, Tensor | None]:
+    """A backend's ``forward`` of 16-bit tensors."""
+    out, final, saved = forward(cell, x.float(), *_to(torch.float32, rest))
+    return out.to(x.dtype), _to(x.dtype, final), saved
+
+
+def backward_in_float32(
+    backward: Callable[..., Gradients], cell: Cell, x: Tensor, *rest: Any
+) -> Gradients:
+    """A backend's ``backward`` of 16-bit tensors."""
+    gradients: Gradients = _to(x.dtype, backward(cell, x.float(), *_to(torch.float32, rest)))
+    return gradients
+
+
+def _to(dtype: torch.dtype, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return tuple([_to(dtype, v) for v in value])
+    return value
 
 
 class Recurrence(NamedTuple):

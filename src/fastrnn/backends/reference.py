@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn.backends import Gradients, Sizes
-from fastrnn.backends.products import Recurrence, gradients, in_own_dtype
+from fastrnn.backends.products import (
+    NARROW,
+    Recurrence,
+    backward_in_float32,
+    forward_in_float32,
+    gradients,
+    in_own_dtype,
+)
 from fastrnn.cells import Cell, State, Weights
 from fastrnn.rows import previous, steps
 
@@ -23,6 +30,7 @@ __all__ = [
     "CHECKS",
     "MULTIPLE",
     "STACKS",
+    "WIDE",
     "backward",
     "describe",
     "empty_cache",
@@ -34,6 +42,7 @@ __all__ = [
 CHECKS = False
 MULTIPLE = 1
 STACKS = False
+WIDE = True
 
 
 def missing() -> str | None:
@@ -70,6 +79,8 @@ def forward(
     batch: int,
     save: bool,
 ) -> tuple[Tensor, State, Tensor | None]:
+    if x.dtype in NARROW:
+        return forward_in_float32(forward, cell, x, weights, state, batch_sizes, batch, save)
     *leading, _ = x.shape
     x = x.flatten(0, -2)
     N, D, G, shared = x.shape[0], len(weights), len(cell.gates), cell.shared
@@ -123,6 +134,10 @@ def backward(
     dfinal: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> Gradients:
+    if x.dtype in NARROW:
+        return backward_in_float32(
+            backward, cell, x, weights, state, batch_sizes, batch, out, saved, dout, dfinal, needed
+        )
     (D, N, _, H), G, shared = saved.shape, len(cell.gates), cell.shared
     P = weights[0][1].shape[1]
     projected = weights[0][4] is not None

@@ -28,6 +28,7 @@ __all__ = [
     "CHECKS",
     "MULTIPLE",
     "STACKS",
+    "WIDE",
     "backward",
     "describe",
     "empty_cache",
@@ -39,6 +40,7 @@ __all__ = [
 CHECKS = False
 MULTIPLE = 16
 STACKS = False
+WIDE = False
 
 _R = TypeVar("_R")
 
