@@ -246,7 +246,7 @@ def test_an_explicit_choice_never_falls_back() -> None:
     with fastrnn.use_backend("cpp"):
         for module, input in ((m, x), (cell, x[0])):
             for f in (module, lambda input, module=module: fastrnn.explain(module, input)):
-                with pytest.raises(BackendError, match="'cpp'.*got meta"):
+                with pytest.raises(BackendError, match=r"'cpp'.*got meta"):
                     f(input)
     m(x)
 

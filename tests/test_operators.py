@@ -196,6 +196,27 @@ def test_a_record_without_gradients_says_so() -> None:
         recorded(x.requires_grad_()).sum().backward()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_record_has_no_forward_mode(frozen: bool) -> None:
+    """Not a tangent of zero, as operators without a rule give."""
+    m, x = fastrnn.LSTM(3, 4).requires_grad_(not frozen), torch.randn(5, 2, 3)
+    for recorded in (torch.jit.trace(m, (x,)), torch.export.export(m, (x,)).module()):
+        with pytest.raises(RuntimeError, match="no forward mode"):
+            torch.func.jvp(lambda x: recorded(x)[0], (x,), (x,))  # noqa: B023
+
+
+@pytest.mark.parametrize("cls", [fastrnn.LSTMCell, fastrnn.GRUCell, fastrnn.RNNCell])
+@pytest.mark.parametrize("backend", layered())
+def test_the_operator_of_a_step(cls: Any, backend: str) -> None:
+    m, x = cls(3, 4), torch.randn(2, 3)
+    for context in (torch.no_grad, torch.enable_grad):
+        with fastrnn.use_backend(backend), Calls() as seen, context():
+            m(x)
+        ((op, args),) = seen.calls
+        with context():
+            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_a_mode_sees_one_operator_a_layer() -> None:
     m, x = fastrnn.LSTM(3, 4, num_layers=2), torch.randn(5, 2, 3)
     with Calls() as seen:

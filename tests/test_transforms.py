@@ -248,3 +248,42 @@ def test_tangents_without_gradients(mode: str) -> None:
             found.append([forward_ad.unpack_dual(y) for y in outputs])
             assert all(tangent is not None for _, tangent in found[-1])
     assert_same(*found)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tangents_of_gradients(mode: str) -> None:
+    """Forward mode over a graph from before, and many gradients at once under no_grad."""
+    found = []
+    for make in (ours, theirs):
+        case = small(mode)
+        d, m = data(case, F64), make(case, F64)
+        x, cotangent = d.x.requires_grad_(), d.cotangents[0]
+        y = call(m, case, x, None, d.hx)[0]
+        (g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(cotangent, cotangent.cos())
+            (dx,) = torch.autograd.grad(y, x, dual, retain_graph=True)
+            (ddx,) = torch.autograd.grad(g, x, forward_ad.make_dual(x.detach(), x.detach().cos()))
+            found.append([*forward_ad.unpack_dual(dx), *forward_ad.unpack_dual(ddx)])
+        with torch.no_grad():
+            found[-1].append(jacrev(lambda x: call(m, case, x, None, d.hx)[0])(d.x.detach()))  # noqa: B023
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_leaves_the_derivatives_of_derivatives(mode: str) -> None:
+    p = Problem(ours, small(mode))
+    module, x = p.module.float(), p.x.float()
+
+    def loss(x: Tensor) -> Tensor:
+        return module(x)[0].sin().sum()
+
+    def second(x: Tensor) -> Tensor:
+        return grad(lambda x: grad(loss)(x).sin().sum())(x)
+
+    expected = second(x)
+    x = x.requires_grad_()
+    g = torch.autograd.grad(loss(x), x, create_graph=True)[0].sin().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        (actual,) = torch.autograd.grad(g, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

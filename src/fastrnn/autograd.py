@@ -8,6 +8,7 @@ forward mode and derivatives of derivatives, it does to the reference, which is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -146,8 +147,12 @@ class _Layer(torch.autograd.Function):
         _, *needed = ctx.needs_input_grad
         if dout is None and all(g is None for g in dfinal):
             return None, *(None for _ in needed)
-        # Mostly, nobody differentiates again.
-        run = _Reverse.apply if torch.is_grad_enabled() else _Reverse.forward
+        if forward_ad._current_level >= 0:
+            x, _, _, *rest = ctx.saved_tensors
+            return None, *_gradients(ctx.call, x, rest, (dout, *dfinal), needed)
+        # Mostly, nobody differentiates again, nor has many gradients at once.
+        again = torch.is_grad_enabled() or transformed()
+        run = _Reverse.apply if again else _Reverse.forward
         try:
             grads = run(ctx.call, tuple(needed), dout, *dfinal, *ctx.saved_tensors)
         except (ValueError, RuntimeError):
@@ -210,35 +215,58 @@ class _Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dgrads: Tensor | None) -> Any:
         call, states = ctx.call, 1 + len(ctx.call.cell.states)
-        tensors = ctx.saved_tensors
-        dys, (x, _, _, *rest) = tensors[:states], tensors[states:]
+        dys, (x, _, _, *rest) = ctx.saved_tensors[:states], ctx.saved_tensors[states:]
         # What is not there is no argument of a function to differentiate.
-        there = [t is not None for t in (x, *rest)]
-        inputs = [t for t in (x, *rest) if t is not None]
-        given = [g for g in dys if g is not None]
-
-        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            values = iter(inputs)
-            x, *rest = [cast(Tensor, next(values) if has else None) for has in there]
-            weights, state = call.weights_and_state(rest)
-            out, final = _plain(call.cell, x, weights, state, call.batch_sizes, call.batch)
-            return tuple(y for y, g in zip((out, *final), dys, strict=True) if g is not None)
+        tensors = (x, *rest, *dys)
+        there = [t is not None for t in tensors]
 
         def gradients(*arguments: Tensor) -> tuple[Tensor, ...]:
-            pull = torch.func.vjp(run, *arguments[: len(inputs)])[1]
-            wanted = [n for n, has in zip(ctx.needed, there, strict=True) if has]
-            grads = pull(arguments[len(inputs) :])
-            return tuple(g for g, want in zip(grads, wanted, strict=True) if want)
+            values = iter(arguments)
+            x, *others = [cast(Tensor, next(values) if has else None) for has in there]
+            rest, dys = others[:-states], others[-states:]
+            return tuple(g for g in _gradients(call, x, rest, dys, ctx.needed) if g is not None)
 
-        pull = torch.func.vjp(gradients, *inputs, *given)[1]
-        found = iter(pull(tuple(g for g in dgrads if g is not None)))
-        dx, *drest = [next(found) if has else None for has in there]
-        ddys = [None if g is None else next(found) for g in dys]
-        return None, None, *ddys, dx, None, None, *drest
+        pull = torch.func.vjp(gradients, *(t for t in tensors if t is not None))[1]
+        with _own_dtype(x):
+            found = iter(pull(tuple(g for g in dgrads if g is not None)))
+        dx, *others = [next(found) if has else None for has in there]
+        return None, None, *others[-states:], dx, None, None, *others[:-states]
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
         return _each(_Reverse, info, in_dims, *args)
+
+
+def _gradients(
+    call: _Call,
+    x: Tensor,
+    rest: Sequence[Tensor],
+    dys: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """What _Reverse computes, in torch's own operators."""
+    there = [t is not None for t in (x, *rest)]
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        values = iter(inputs)
+        x, *rest = [cast(Tensor, next(values) if has else None) for has in there]
+        weights, state = call.weights_and_state(rest)
+        out, final = _plain(call.cell, x, weights, state, call.batch_sizes, call.batch)
+        return tuple(y for y, g in zip((out, *final), dys, strict=True) if g is not None)
+
+    pull = torch.func.vjp(run, *(t for t in (x, *rest) if t is not None))[1]
+    with _own_dtype(x):
+        found = iter(pull(tuple(g for g in dys if g is not None)))
+    grads = [next(found) if has else None for has in there]
+    return [g if need else None for g, need in zip(grads, needed, strict=True)]
+
+
+def _own_dtype(x: Tensor) -> AbstractContextManager[object]:
+    """Without autocast, which would lower the precision of a layer's derivatives."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _each(

@@ -173,7 +173,10 @@ def _pick(
     if torch.onnx.is_in_onnx_export():
         return cast(Stacks, load("torch"))  # which has operators that the exporters know
     if recording():
-        return _recorded(cell.mode, input.dtype, input.device.type, backend)
+        w_hh, w_hr = weights[0][0][1], weights[0][0][4]
+        proj_size = 0 if w_hr is None else w_hr.shape[0]
+        layers = (len(weights), len(weights[0]), w_hh.shape[0] // len(cell.gates), proj_size)
+        return _recorded(cell.mode, input.dtype, input.device.type, backend, *layers)
     sizes = None
     if sizes_matter(input.is_cpu):
         sizes = sizes_of(cell, input, weights, batch, steps, packed)
@@ -182,10 +185,20 @@ def _pick(
     return cast(Backend, load("reference")) if run.STACKS and transformed() else run
 
 
-def _recorded(mode: str, dtype: torch.dtype, device: str, backend: str | None) -> Backend | Stacks:
-    """The choice where sizes may be symbols; no compiler need see how it comes about."""
+def _recorded(
+    mode: str,
+    dtype: torch.dtype,
+    device: str,
+    backend: str | None,
+    layers: int,
+    directions: int,
+    hidden_size: int,
+    proj_size: int,
+) -> Backend | Stacks:
+    """The choice where batches and times may be symbols; no compiler need see how it is made."""
     load("reference")  # the same goes for its import
-    return pick(CELLS[mode], dtype, torch.device(device), None, backend)
+    sizes = Sizes(layers, directions, 1, hidden_size, hidden_size, proj_size)
+    return pick(CELLS[mode], dtype, torch.device(device), sizes, backend)
 
 
 # As torch.compiler.assume_constant_result, which imports the compiler.

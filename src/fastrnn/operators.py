@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastrnn.backends import Backend
 from fastrnn.cells import CELLS, Cell, State, Weights
@@ -93,6 +94,12 @@ def _directions(weights: Sequence[Tensor], bias: bool, projected: bool) -> list[
     return directions
 
 
+def _refuse_tangents() -> None:
+    """They would be lost: an operator has none."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("a recorded layer of fastrnn's has no forward mode")
+
+
 def _run(
     backend: str,
     mode: str,
@@ -104,6 +111,7 @@ def _run(
     batch_sizes: Tensor | None,
     save: bool,
 ) -> list[Tensor]:
+    _refuse_tangents()
     out, final, saved = cast(Backend, load(backend)).forward(
         CELLS[mode],
         x.contiguous(),
@@ -113,6 +121,8 @@ def _run(
         _batch(x, state, batch_sizes),
         save=save,
     )
+    # A step's h is its output too, and results of an operator are different tensors.
+    final = tuple(s.clone() if s is out else s for s in final)
     return [out, x.new_empty(0) if saved is None else saved, *final]
 
 
@@ -158,6 +168,7 @@ def _run_reverse(
     dfinal: list[Tensor],
     needed: list[bool],
 ) -> list[Tensor]:
+    _refuse_tangents()
     directions = _directions(weights, bias, projected)
     # Of x, of each direction's five weights, there or not, and of the states.
     flags = iter(needed)
