@@ -21,7 +21,7 @@ selftest := build/selftest-$(notdir $(lastword $(CXX)))
 	wheel aarch64 clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## train a small language model with fastrnn and with torch.nn, and plot both
 	$(bin)/python examples/char_lm.py --plot char_lm.png
@@ -76,7 +76,7 @@ sanitize: $(selftest) $(selftest)-openmp build/selftest-threads fuzz ## run the 
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1 build/selftest-threads
 
 # The extension's argument checks. Python is not sanitized, so the runtime is loaded before it.
-fuzz: build/sanitized $(VENV)/.dev
+fuzz: build/sanitized $(VENV)/.dev ## call the extension with wrong arguments, under the same checks
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=8192 \
 		PYTHONPATH=$<:tests $(bin)/python tests/fuzz_extension.py

@@ -195,7 +195,9 @@ def test_without_the_extension_the_next_backend_runs(without: str, next_one: str
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{next_one}: automatic choice")
     assert "not cpp: fastrnn was installed without its extension fastrnn._cpp" in result.stdout
+    # Once, and of the line that called the layer.
     assert result.stderr.count("RuntimeWarning: fastrnn runs without its C++ backend") == 1
+    assert re.search(r"^<string>:\d+: RuntimeWarning: fastrnn runs", result.stderr, re.MULTILINE)
     assert ("pip install fastrnn[numba]" in result.stderr) == bool(without)
 
 
@@ -204,9 +206,7 @@ def test_numba_leaves_to_torch_what_torch_does_faster(monkeypatch: pytest.Monkey
     monkeypatch.setattr(load("cpp"), "_missing", "no compiler")
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            load("numba"), "_broken", lambda: "numba 9.9 cannot be used: NumPy is too new"
-        )
+        patch.setattr(load("numba"), "broken", lambda: "numba 9.9 cannot be used: NumPy is too new")
         choice = fastrnn.explain(fastrnn.GRU(3, 64), torch.randn(5, 8, 3))
         assert choice.backend == "torch" and "NumPy is too new" in choice.rejected["numba"]
 

@@ -242,12 +242,50 @@ def test_a_second_process_does_not_compile(tmp_path: Path) -> None:
     assert runs == [0, 2 * (2 + 3 * 2)]
 
 
+def test_processes_with_other_vectors_share_no_kernels(tmp_path: Path) -> None:
+    """As on a cluster of different machines, told to compile for what they have in common."""
+    pytest.importorskip("numba")
+    script = """
+        import llvmlite.binding as llvm
+        {first}
+        import torch, fastrnn
+        m, x = fastrnn.GRU(8, 24), torch.randn(5, 3, 8)
+        with torch.no_grad(), fastrnn.use_backend("numba"):
+            y, _ = m(x)
+        with torch.no_grad(), fastrnn.use_backend("reference"):
+            torch.testing.assert_close(y, m(x)[0])
+        from fastrnn.kernels.numba import simd
+        print(simd._BYTES)
+    """
+    shared = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic"}
+    old = "llvm.get_host_cpu_features = lambda: {}"
+    widths = [int(said(script.format(first=first), tmp_path, **shared)) for first in ("", old)]
+    assert widths[1] == 16
+
+
+def test_a_numba_that_does_not_work_is_said_to(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    (tmp_path / "numba.py").write_text("raise ImportError('NumPy is too new')")
+    script = "import runpy; runpy.run_module('fastrnn', run_name='__main__')"
+    found = said(f"import sys; sys.argv = ['fastrnn', 'info']; {script}", PYTHONPATH=str(tmp_path))
+    assert re.search(r"^  numba +cannot run: .*NumPy is too new", found, re.MULTILINE), found
+
+
 def test_info_says_what_runs_here(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastrnn", "info"]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     for word in ("fastrnn", "python", "torch", "processor", "threads", "OpenMP", *BACKENDS):
         assert re.search(rf"^ *{word} ", said, re.MULTILINE), said
     assert fastrnn.__version__ in said and str(Path(fastrnn.__file__).parent) in said
+
+
+@needs_tree
+def test_the_roofline_in_the_documents_is_what_is_printed(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "fastrnn", "aot", "--paper"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    document = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert f"<!-- paper -->\n{run.stdout}<!-- /paper -->" in document
 
 
 BUILD = """

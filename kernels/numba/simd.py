@@ -10,10 +10,13 @@ A tile is the product of a few rows with a panel of weights, held in registers.
 from __future__ import annotations
 
 import operator
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core.datamodel import PrimitiveModel, register_default
@@ -40,8 +43,19 @@ __all__ = [
     "where_less",
 ]
 
-_features = llvm.get_host_cpu_features()
-_BYTES = 64 if _features.get("avx512f") else 32 if _features.get("avx2") else 16
+
+def _bytes() -> int:
+    """Of a vector: what the processor has, as far as torch may use it (ATEN_CPU_CAPABILITY)."""
+    try:
+        features = llvm.get_host_cpu_features()
+    except RuntimeError:  # LLVM cannot tell
+        features = {}
+    allowed = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
+    return min(allowed, 64 if features.get("avx512f") else 32 if features.get("avx2") else 16)
+
+
+_BYTES = _bytes()
+_STAMP = f"{_BYTES}_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 
 PANEL = 2
 """Vectors of a panel: its columns."""
@@ -132,11 +146,16 @@ def pointer(typingctx, address, like):
 
 
 def cached(decorator: Callable[..., Any], signature: Any, function: Any, **options: Any) -> Any:
-    """Compiled, and kept in a file if there is a folder that it may be written to."""
+    """Compiled, and kept in a file if there is a folder that it may be written to.
+
+    Numba names the file after the function, and sees whether its source has changed. What this file
+    says, the width of vectors above all, it would not see.
+    """
     options["error_model"] = "numpy"
+    function.__qualname__ = f"{function.__name__}_{_STAMP}"
     try:
         return decorator(signature, cache=True, **options)(function)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return decorator(signature, **options)(function)
 
 

@@ -453,6 +453,6 @@ def largest(request: Request) -> int:
     """The largest H, in steps of 128 and to 2048, for which the plan is within the limits."""
     # Upwards, since what is far too large takes the compiler minutes.
     H = request.H
-    while H < BUCKETS[-1] and _holds(replace(request, H=H + 128)):
+    while BUCKETS[-1] > H and _holds(replace(request, H=H + 128)):
         H += 128
     return H

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -153,7 +153,9 @@ def _openmp() -> str:
 def _info() -> int:
     from fastrnn.dispatch import BACKENDS, load
 
-    missing = {name: load(name).missing() for name in BACKENDS}
+    modules: dict[str, Any] = {name: load(name) for name in BACKENDS}
+    missing = {name: module.missing() for name, module in modules.items()}
+    missing["numba"] = missing["numba"] or modules["numba"].broken()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     isa = "no extension"
     if missing["cpp"] is None:
@@ -169,6 +171,9 @@ def _info() -> int:
     print(f"vectors     {isa}; torch: {torch.backends.cpu.get_cpu_capability()}")
     print(f"threads     {torch.get_num_threads()} of torch, on {cores} cores")
     print(f"OpenMP      {_openmp()}")
+    for name in ("FASTRNN_BACKEND", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "TRITON_INTERPRET"):
+        if name in os.environ:
+            print(f"{name}={os.environ[name]}")
     if torch.cuda.is_available():
         print(f"GPU         {torch.cuda.get_device_name()}")
     print("backends")
@@ -206,11 +211,14 @@ def main() -> int:
         "for other kernels (default: that which trains a dense layer)",
     )
     aot.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
-    aot.add_argument("--largest", action="store_true", help="search the largest resident H too")
-    aot.add_argument(
-        "--paper", action="store_true", help="print what a step costs at least instead"
+    instead = aot.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--largest", action="store_true", help="print the largest resident H instead"
     )
-    aot.add_argument("--search", action="store_true", help="print a new plan table instead")
+    instead.add_argument(
+        "--paper", action="store_true", help="print what a step costs an H100 at least instead"
+    )
+    instead.add_argument("--search", action="store_true", help="print a new plan table instead")
     args = parser.parse_args()
     if args.command == "info":
         return _info()
@@ -233,6 +241,8 @@ def main() -> int:
         if unknown := set(given) - set(known):
             parser.error(f"expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     if args.paper:
+        if args.target or args.cell or args.products or args.options:
+            parser.error("--paper is for one device and one cell: expected no other options")
         return _paper()
     if args.search:
         asked = [

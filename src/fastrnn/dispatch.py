@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -172,6 +172,7 @@ def _chosen(
     sizes: Sizes | None,
     name: str | None,
     who: str,
+    setting: object,
 ) -> Backend | Stacks:
     choice = _choose(cell, dtype, device, sizes, name, who)
     if name is None and device.type == "cpu":
@@ -184,7 +185,8 @@ def _warn_without_extension() -> None:
     problem = load("cpp").missing()
     if problem is None:
         return
-    fused = load("numba").missing() is None
+    numba: Any = load("numba")
+    fused = numba.missing() is None and numba.broken() is None
     warnings.warn(
         f"fastrnn runs without its C++ backend: {problem}. "
         + (
@@ -195,8 +197,19 @@ def _warn_without_extension() -> None:
         )
         + "; `python -m fastrnn info` says more",
         RuntimeWarning,
-        stacklevel=8,  # whoever called the module
+        stacklevel=_level_of_caller(),
     )
+
+
+def _level_of_caller() -> int:
+    """How far up whoever called a layer is, for a warning of the function that asks."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "fastrnn",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @cache
@@ -213,4 +226,11 @@ def pick(
     backend: str | None,
 ) -> Backend | Stacks:
     """The module that :func:`choose` names; remembered, since every call asks."""
-    return _chosen(cell, dtype, device, sizes, *_asked(backend))
+    setting = None if device.type == "cpu" else _precision()
+    return _chosen(cell, dtype, device, sizes, *_asked(backend), setting)
+
+
+def _precision() -> object:
+    """Of float32 RNNs on a GPU, on which a choice depends; before torch 2.9 of all cuDNN."""
+    cudnn = torch.backends.cudnn
+    return getattr(getattr(cudnn, "rnn", None), "fp32_precision", None) or cudnn.allow_tf32

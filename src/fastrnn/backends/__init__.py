@@ -18,7 +18,9 @@ Triton or Numba costs more than torch's own.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor, get_num_threads, set_num_threads
 
 from fastrnn.cells import Cell, State, Weights
 
-__all__ = ["Backend", "Gradients", "Sizes", "Stacks", "one_thread_in_a_child"]
+__all__ = ["Backend", "Gradients", "Sizes", "Stacks", "installed", "one_thread_in_a_child"]
 
 _in_a_child = False
 
@@ -44,6 +46,16 @@ def one_thread_in_a_child() -> None:
     """OpenMP's threads do not survive a fork, and torch would wait for them for ever."""
     if _in_a_child and get_num_threads() > 1:
         set_num_threads(1)
+
+
+def installed(*packages: str) -> tuple[int, ...] | None:
+    """The version of the first that is installed, without its import; None if none says so."""
+    for name in packages:
+        try:
+            return tuple(map(int, re.findall(r"\d+", version(name))[:2]))
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 Gradients = tuple[Tensor | None, ...]

@@ -5,9 +5,7 @@ What is compiled is kept in files, so that a second process starts without compi
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import re
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -15,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, Sizes, one_thread_in_a_child
+from fastrnn.backends import Gradients, Sizes, installed, one_thread_in_a_child
 from fastrnn.backends.products import (
     NARROW,
     Recurrence,
@@ -34,6 +32,7 @@ __all__ = [
     "STACKS",
     "WIDE",
     "backward",
+    "broken",
     "describe",
     "empty_cache",
     "forward",
@@ -53,9 +52,9 @@ MOST_UNITS = 512
 def missing() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed"
-    version = importlib.metadata.version("numba")
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (0, 61):
-        return f"expected numba 0.61 or newer, got {version}"
+    found = installed("numba")
+    if found is not None and found < (0, 61):
+        return f"expected numba 0.61 or newer, got {'.'.join(map(str, found))}"
     return None
 
 
@@ -83,7 +82,7 @@ def refuses(
                     f"torch's oneDNN is faster at dense float32 LSTMs of {units} units in a batch, "
                     f"and mostly not up to {MOST_UNITS}"
                 )
-    return _broken()
+    return broken()
 
 
 def empty_cache() -> None:
@@ -105,12 +104,12 @@ def _launch() -> ModuleType:
 
 
 @cache
-def _broken() -> str | None:
+def broken() -> str | None:
     """Why Numba cannot be used after all; the answer takes its import."""
     try:
         from fastrnn.kernels.numba import launch  # noqa: F401
     except Exception as error:  # of Numba's own, about whatever it does not like here
-        return f"numba {importlib.metadata.version('numba')} cannot be used: {error}"
+        return f"numba cannot be used: {error}"
     return None
 
 

@@ -6,10 +6,8 @@ Compiled for GPUs and run in Triton's interpreter by this project, but never yet
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, Sizes
+from fastrnn.backends import Gradients, Sizes, installed
 from fastrnn.backends.products import Recurrence, check_saved, gradients, in_own_dtype
 from fastrnn.cells import Cell, State, Weights
 from fastrnn.kernels.triton import plans
@@ -45,17 +43,6 @@ WIDE = False
 _R = TypeVar("_R")
 
 
-def _version() -> tuple[int, ...] | None:
-    """Of triton, whose import would take long; None if no package says so."""
-    for name in ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return tuple(map(int, re.findall(r"\d+", version)[:2]))
-    return None
-
-
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -63,9 +50,9 @@ def _interpreted() -> bool:
 def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    version = _version()
-    if version is not None and version < (3, 6):
-        return f"expected triton 3.6 or newer, got {'.'.join(map(str, version))}"
+    found = installed("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
+    if found is not None and found < (3, 6):
+        return f"expected triton 3.6 or newer, got {'.'.join(map(str, found))}"
     if not torch.cuda.is_available() and not _interpreted():
         return "torch sees no CUDA or ROCm device"
     return None
@@ -214,7 +201,7 @@ def _launched(plan: plans.Plan, layer: Callable[[plans.Plan], _R]) -> _R:
         return layer(plan)
     except launch.OutOfResources as error:
         warnings.warn(
-            f"triton {importlib.metadata.version('triton')} makes a kernel of the plan {plan} that "
+            f"this version of triton makes a kernel of the plan {plan} that "
             f"this device cannot run ({error}): each step is launched by itself, which is slow. "
             "Please report this to fastrnn",
             RuntimeWarning,
