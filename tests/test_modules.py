@@ -354,6 +354,99 @@ def test_other_dtypes(mode: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
+# Lengths
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("with_hx", [False, True])
+@pytest.mark.parametrize(
+    "given",
+    [[3, 6, 1, 6], torch.tensor([0, 4, 2, 0]), torch.zeros(4, dtype=torch.int32), (5, 5, 5, 5)],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_lengths(mode: str, given: Any, with_hx: bool, batch_first: bool) -> None:
+    """Each sequence gives what it gives alone, and gets the gradients that it gets alone."""
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
+    m, judge = (c(3, 4, dtype=torch.float64, **options) for c in LAYERS[mode])
+    judge.load_state_dict(m.state_dict())
+    x = torch.randn(*((4, 6) if batch_first else (6, 4)), 3, dtype=torch.float64)
+    hx = flat(states(mode, 4, 4, 4, dtype=torch.float64))
+    leaves = [t.requires_grad_() for t in (x, *hx)]
+    found = []
+    for own in (True, False):
+        if own:
+            state = (hx[0] if len(hx) == 1 else tuple(hx)) if with_hx else None
+            output, *final = flat(m(x, state, lengths=given))
+        else:
+            rows = x if batch_first else x.transpose(0, 1)
+            outputs, finals = [], []
+            for b, n in enumerate(map(int, given)):
+                state = [s[:, b] if with_hx else torch.zeros_like(s[:, b]) for s in hx]
+                y = rows.new_zeros(6, 8)
+                if n:
+                    # Without a batch, so that batch_first has no say.
+                    y_n, *state = flat(
+                        judge(rows[b, :n], state[0] if len(state) == 1 else tuple(state))
+                    )
+                    y = torch.cat([y_n, y[n:]])
+                outputs.append(y)
+                finals.append(state)
+            output = torch.stack(outputs, 0 if batch_first else 1)
+            final = [torch.stack(s, 1) for s in zip(*finals, strict=True)]
+        loss = output.sin().sum() + sum((s * s).sum() for s in final)
+        grads = []
+        if loss.requires_grad:
+            all_leaves = [*leaves, *(m if own else judge).parameters()]
+            grads = torch.autograd.grad(loss, all_leaves, allow_unused=True)
+            grads = [
+                torch.zeros_like(t) if g is None else g
+                for g, t in zip(grads, all_leaves, strict=True)
+            ]
+        found.append([output, *final, *grads])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_lengths_of_no_steps_or_sequences() -> None:
+    m = fastrnn.LSTM(3, 5, proj_size=2)
+    hx = (torch.randn(1, 2, 2), torch.randn(1, 2, 5))
+    output, final = m(torch.randn(0, 2, 3), hx, lengths=[0, 0])
+    assert output.shape == (0, 2, 2)
+    assert all(torch.equal(a, b) for a, b in zip(final, hx, strict=True))
+    output, (h, c) = m(torch.randn(4, 0, 3), lengths=[])
+    assert output.shape == (4, 0, 2) and h.shape == (1, 0, 2) and c.shape == (1, 0, 5)
+
+
+@pytest.mark.parametrize(
+    "lengths,error,message",
+    [
+        ([1, 2, 3], ValueError, r"shape \[2\], got \[3\]"),
+        ([[1, 2]], ValueError, r"shape \[2\]"),
+        (3, ValueError, r"shape \[2\]"),
+        ([1, 6], ValueError, "from 0 to 5"),
+        ([-1, 2], ValueError, "from 0 to 5"),
+        ([1.0, 2.0], TypeError, "integers"),
+        ([True, False], TypeError, "integers"),
+        ("ab", TypeError, "integers"),
+    ],
+)
+def test_wrong_lengths(lengths: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastrnn.GRU(3, 4)(torch.randn(5, 2, 3), lengths=lengths)
+
+
+def test_lengths_want_a_padded_batch() -> None:
+    m = fastrnn.GRU(3, 4)
+    for input in (torch.randn(5, 3), pack_sequence([torch.randn(5, 3)])):
+        with pytest.raises(ValueError, match="3D tensor with lengths"):
+            m(input, lengths=[5])
+    with pytest.raises(RuntimeError, match="Expected hidden size"):
+        m(torch.randn(5, 2, 3), torch.zeros(1, 3, 4), lengths=[0, 0])
+    with pytest.raises(RuntimeError, match="input_size"):
+        m(torch.randn(5, 2, 7), lengths=[0, 0])
+
+
 # Errors
 
 x3 = partial(torch.randn, 5, 2)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastrnn import functional
 from fastrnn.cells import CELLS, Cell, State, Weights
@@ -189,8 +189,15 @@ class RNNBase(nn.RNNBase):
     def __prepare_scriptable__(self) -> nn.Module:
         raise _no_script()
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Any, Any]:
         """Run the layers; see the class for shapes and errors."""
+        if lengths is not None:
+            return self._forward_lengths(input, hx, lengths)
         cell = self._cell
         weights = self._weights()
         if isinstance(input, PackedSequence):
@@ -243,6 +250,51 @@ class RNNBase(nn.RNNBase):
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         final = _permute(final, unsorted_indices)
         return packed, final if len(final) > 1 else final[0]
+
+    def _forward_lengths(self, input: Any, hx: Any, lengths: Any) -> tuple[Tensor, Any]:
+        """A padded batch, of which sequences without a step keep their state."""
+        if not isinstance(input, Tensor) or input.dim() != 3:
+            got = f"{input.dim()}D" if isinstance(input, Tensor) else type(input).__name__
+            raise ValueError(f"{self._name}: Expected a 3D tensor with lengths, got {got}")
+        cell, first = self._cell, self.batch_first
+        time, batch = (1, 0) if first else (0, 1)
+        T, B = input.shape[time], input.shape[batch]
+        counts = _checked_lengths(lengths, T, B)
+        self._check_input(input, self._weights()[0][0][0])
+        state = None
+        if hx is not None:
+            state = self._check_rank(cell, hx, 3)
+            self._check_state(cell, state, B)
+        some = counts.nonzero().squeeze(1)
+        if len(some) == B > 0:
+            return self._forward_some(input, state, counts)
+        # What the sequences without a step have.
+        P, H, D = self.proj_size or self.hidden_size, self.hidden_size, 1 + bool(self.bidirectional)
+        output = input.new_zeros(B, T, D * P) if first else input.new_zeros(T, B, D * P)
+        if state is None:
+            sizes = (H if k else P for k in cell.state_range)
+            state = tuple(input.new_zeros(self.num_layers * D, B, n) for n in sizes)
+        if len(some):
+            index = some.to(input.device)
+            given = _permute(state, index)
+            y, final = self._forward_some(input.index_select(batch, index), given, counts[some])
+            output = output.to(y.dtype).index_copy(batch, index, y)
+            state = tuple(
+                s.to(f.dtype).index_copy(1, index, f)
+                for s, f in zip(state, _as_state(cell, final), strict=True)
+            )
+        return output, state if len(state) > 1 else state[0]
+
+    def _forward_some(
+        self, input: Tensor, state: State | None, counts: Tensor
+    ) -> tuple[Tensor, Any]:
+        """A padded batch of sequences that have a step."""
+        packed = pack_padded_sequence(input, counts, self.batch_first, enforce_sorted=False)
+        hx = state if state is None or len(state) > 1 else state[0]
+        packed, final = self._forward_packed(self._cell, self._weights(), packed, hx)
+        T = input.shape[1 if self.batch_first else 0]
+        output, _ = pad_packed_sequence(packed, self.batch_first, total_length=T)
+        return output, final
 
     @property
     def _name(self) -> str:
@@ -345,6 +397,23 @@ def _as_state(cell: Cell, hx: Any) -> State:
     return tuple(hx)
 
 
+def _checked_lengths(lengths: Any, T: int, B: int) -> Tensor:
+    """``lengths`` on the CPU, where packing wants them."""
+    try:
+        counts = torch.as_tensor(lengths, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"expected lengths to be a tensor or a list of integers: {error}") from None
+    if counts.numel() and (
+        counts.is_floating_point() or counts.dtype in (torch.bool, torch.cfloat)
+    ):
+        raise TypeError(f"expected lengths of integers, got {counts.dtype}")
+    if counts.shape != (B,):
+        raise ValueError(f"expected lengths of shape [{B}], got {list(counts.shape)}")
+    if B and not 0 <= int(counts.min()) <= int(counts.max()) <= T:
+        raise ValueError(f"expected lengths from 0 to {T}, got {counts.tolist()}")
+    return counts.long()
+
+
 def _permute(state: State, permutation: Tensor | None) -> State:
     if permutation is None:
         return state
@@ -369,18 +438,21 @@ class RNN(RNNBase):
         bidirectional: run a second direction backward in time, D = 2.
         device, dtype: of the parameters.
 
-    Inputs: ``input, hx``
+    Inputs: ``input, hx, lengths``
         ``input`` is ``[T, I]``, ``[T, B, I]``, or a :class:`PackedSequence`; ``hx`` the initial
-        state ``[L*D, H]`` or ``[L*D, B, H]``, zero by default.
+        state ``[L*D, H]`` or ``[L*D, B, H]``, zero by default. With ``lengths``, B integers from 0
+        to T in a tensor on any device or a list, sequences of ``[T, B, I]`` end after so many
+        steps: T may be 0, and nothing need be sorted or packed.
 
     Outputs: ``output, h_n``
         The last layer's h at every step, ``[T, D*H]``, ``[T, B, D*H]`` or packed, and the final
-        state, shaped like ``hx``.
+        state, shaped like ``hx``. With ``lengths`` the output is zero after the end of a sequence,
+        and its final state that of its last step, or without a step the initial one.
 
     Raises:
-        ValueError: rank or dtype of the input.
-        RuntimeError: sizes, T = 0, the rank or size of ``hx``.
-        TypeError: ``hx`` is no tensor (LSTM: no pair of tensors).
+        ValueError: rank or dtype of the input, how many ``lengths`` there are, or their range.
+        RuntimeError: sizes, T = 0 without ``lengths``, the rank or size of ``hx``.
+        TypeError: ``hx`` is no tensor (LSTM: no pair of tensors), or ``lengths`` are no integers.
         fastrnn.BackendError: a backend was asked for by name and cannot run this.
 
     >>> import torch, fastrnn
