@@ -424,7 +424,7 @@ def test_choice_without_triton(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_choice_with_an_old_triton(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.2.0")
+    monkeypatch.setattr("fastrnn.backends.version", lambda name: "3.2.0")
     choice = choose(CELLS["GRU"], F32, CUDA, sizes=SMALL)
     assert choice.backend == "torch"
     assert choice.rejected["triton"] == "expected triton 3.6 or newer, got 3.2"
@@ -438,7 +438,9 @@ def test_final_states_may_be_edited(planned: Any) -> None:
         state.detach_().add_(1)
 
 
-def test_nobody_gets_the_interpreter_unasked() -> None:
+def test_nobody_gets_the_interpreter_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cpp", "numba"):
+        monkeypatch.setattr(load(name), "missing", lambda: "left out")
     choice = choose(CELLS["GRU"], torch.bfloat16, torch.device("cpu"))
     assert choice.backend == "torch" and "triton" in choice.rejected
 
