@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -175,6 +176,23 @@ def test_a_trace(mode: str) -> None:
     for T, B in SIZES:
         x = torch.randn(T, B, 3)
         assert_close(gradients(m, traced, x), gradients(m, m, x))
+
+
+@pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size:UserWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_onnx_has_the_operator_itself(mode: str) -> None:
+    """By the exporter that traces, with any length and batch, in onnxruntime."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    m, file, axes = model(mode).eval(), io.BytesIO(), {"x": {0: "time", 1: "batch"}}
+    options = {"input_names": ["x"], "dynamic_axes": axes, "dynamo": False}
+    torch.onnx.export(m, (torch.randn(5, 2, 3),), file, **options)
+    operators = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
+    assert operators.count(mode.split("_")[0]) == 2 and "Loop" not in operators
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for T, B in SIZES:
+        x = torch.randn(T, B, 3)
+        (y,) = session.run(None, {"x": x.numpy()})
+        assert_close(torch.from_numpy(y), m(x).detach())
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -75,7 +75,8 @@ def rnn(
         T = len(batch_sizes)
     run = _pick(cell, input, weights, batch, T, batch_sizes is not None, backend)
     if run.STACKS:
-        _check_stack(cell, input, weights, hx, batch_sizes, batch)
+        if not torch.onnx.is_in_onnx_export():  # where sizes are tensors
+            _check_stack(cell, input, weights, hx, batch_sizes, batch)
         return cast(Stacks, run).rnn(
             cell, input, weights, hx, batch_sizes, batch, dropout, training
         )
@@ -122,7 +123,8 @@ def step(
     batch = input.shape[0]
     run = _pick(cell, input, ((weights,),), batch, 1, False, backend)
     if run.STACKS:
-        _check(cell, input, (weights,), hx, None, batch)
+        if not torch.onnx.is_in_onnx_export():
+            _check(cell, input, (weights,), hx, None, batch)
         return cast(Stacks, run).step(cell, input, hx, weights)
     return _layer(cast(Backend, run), cell, input, (weights,), hx, None, input.shape[0])[1]
 
