@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from fastrnn import operators
@@ -54,9 +55,7 @@ def layer(
         if in_transform and batch_sizes is not None:
             batch_sizes = _unwrapped(batch_sizes)
         call = _Call(backend, cell, batch_sizes, batch, len(weights))
-        out, _, *final = _Layer.apply(  # type: ignore[no-untyped-call]
-            call, x, *chain(*weights), *(state or ())
-        )
+        out, _, *final = _Layer.apply(call, x, *chain(*weights), *(state or ()))
         return out, tuple(final)
     out, final_state, _ = backend.forward(cell, x, weights, state, batch_sizes, batch, save=False)
     return out, final_state
@@ -104,7 +103,7 @@ def _differentiable(x: Tensor, weights: Sequence[Weights], state: State | None) 
     return state is not None and any(s.requires_grad for s in state)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Call:
     """What no transform looks into."""
 
@@ -123,7 +122,17 @@ class _Call:
         return weights, tuple(tensors[end:]) or None
 
 
-class _Layer(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        # torch's own also binds arguments to names, which takes longer than a short layer.
+        args = unwrap_dead_wrappers(args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+class _Layer(_Function):
     """The arguments after ``call`` are x, each direction's five weights, and the states if any."""
 
     @staticmethod
@@ -168,7 +177,7 @@ class _Layer(torch.autograd.Function):
         # Samples are sequences like any other.
         V, B = info.batch_size, call.batch
         many = _Call(call.backend, call.cell, None, V * B, call.D)
-        out, saved, *final = _Layer.apply(  # type: ignore[no-untyped-call]
+        out, saved, *final = _Layer.apply(
             many,
             *(
                 t if t is None or k in range(1, 1 + len(weight_dims)) else _folded(t, dim, V)
@@ -188,7 +197,7 @@ def _folded(t: Tensor, dim: int | None, V: int) -> Tensor:
     return t.movedim(0, -3).flatten(-3, -2)
 
 
-class _Reverse(torch.autograd.Function):
+class _Reverse(_Function):
     """The gradients that are needed.
 
     The arguments after ``needed`` are dout, that of each final state, and what _Layer saved.

@@ -172,9 +172,9 @@ def _pick(
     packed: bool,
     backend: str | None,
 ) -> Backend | Stacks:
-    if torch.onnx.is_in_onnx_export():
-        return cast(Stacks, load("torch"))  # which has operators that the exporters know
     if recording():
+        if torch.onnx.is_in_onnx_export():
+            return cast(Stacks, load("torch"))  # which has operators that the exporters know
         w_hh, w_hr = weights[0][0][1], weights[0][0][4]
         proj_size = 0 if w_hr is None else w_hr.shape[0]
         layers = (len(weights), len(weights[0]), w_hh.shape[0] // len(cell.gates), proj_size)
