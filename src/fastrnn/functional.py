@@ -261,7 +261,7 @@ def _check_weights(cell: Cell, x: Tensor, weights: Weights, first: Weights) -> N
     if first[1].dim() != 2:
         raise RuntimeError(f"{cell.mode}: expected weight_hh of 2 dimensions, got {first[1].dim()}")
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
-    rows, P = first[1].shape
+    rows, P = map(int, first[1].shape)  # torch.jit.trace may make tensors of them
     G = len(cell.gates)
     H, rest = divmod(rows, G)
     if H == 0:
