@@ -41,11 +41,10 @@ def layer(
 
     With no gradient to compute, no Function is entered and nothing is saved.
     """
-    if forward_ad._current_level >= 0:
+    recorded = recording()
+    if forward_ad._current_level >= 0 or (recorded and transformed()):
         return _plain(cell, x, weights, state, batch_sizes, batch)
-    if recording():
-        if transformed():
-            return _plain(cell, x, weights, state, batch_sizes, batch)
+    if recorded:
         # A trace may be trained, and is compared with one that is made without gradients.
         save = tracing() or _differentiable(x, weights, state)
         name = backend.__name__.rpartition(".")[2]
