@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,11 @@ from fastrnn.cells import CELLS
 
 MODES = list(LAYERS)
 F32 = torch.float32
+
+needs_dynamo_exporter = pytest.mark.skipif(
+    importlib.util.find_spec("onnxscript") is None or not hasattr(torch.onnx, "ops"),
+    reason="needs onnxscript, and torch 2.8",
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -178,21 +184,81 @@ def test_a_trace(mode: str) -> None:
         assert_close(gradients(m, traced, x), gradients(m, m, x))
 
 
-@pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
-def test_onnx_has_the_operator_itself(mode: str) -> None:
-    """By the exporter that traces, with any length and batch, in onnxruntime."""
+onnx_export = pytest.mark.filterwarnings(
+    "ignore:Exporting a model to ONNX with a batch_size:UserWarning",
+    "ignore:.*:FutureWarning",
+    "ignore:# 'dynamic_axes' is not recommended:UserWarning",
+)
+dynamo = [False, pytest.param(True, marks=needs_dynamo_exporter)]
+
+
+def exported(m: nn.Module, x: Tensor, dynamo: bool) -> Any:
+    """The model's ONNX operators, and a session of onnxruntime's; any length and batch."""
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    m, file, axes = model(mode).eval(), io.BytesIO(), {"x": {0: "time", 1: "batch"}}
-    options = {"input_names": ["x"], "dynamic_axes": axes, "dynamo": False}
-    torch.onnx.export(m, (torch.randn(5, 2, 3),), file, **options)
-    operators = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
-    assert operators.count(mode.split("_")[0]) == 2 and "Loop" not in operators
+    file, axes = io.BytesIO(), {0: "time", 1: "batch"} if x.dim() == 3 else {0: "batch"}
+    sizes: Any = {"dynamic_axes": {"x": axes}}
+    if dynamo:
+        sizes = {"dynamic_shapes": ({k: torch.export.Dim.DYNAMIC for k in axes},), "verbose": False}
+    torch.onnx.export(m, (x,), file, input_names=["x"], dynamo=dynamo, **sizes)
+    nodes = onnx.load_from_string(file.getvalue()).graph.node
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    return [node.op_type for node in nodes], session
+
+
+@onnx_export
+@pytest.mark.parametrize("dynamo", dynamo)
+@pytest.mark.parametrize("mode", MODES)
+def test_onnx_has_the_operator_itself(mode: str, dynamo: bool) -> None:
+    """By the exporter that traces and the one that compiles, in onnxruntime."""
+    m = model(mode, bias=mode != "RNN_RELU").eval()
+    operators, session = exported(m, torch.randn(5, 2, 3), dynamo)
+    assert operators.count(mode.split("_")[0]) == 2 and not {"Loop", "Scan"} & {*operators}
     for T, B in SIZES:
         x = torch.randn(T, B, 3)
         (y,) = session.run(None, {"x": x.numpy()})
         assert_close(torch.from_numpy(y), m(x).detach())
+
+
+@onnx_export
+@needs_dynamo_exporter
+@pytest.mark.parametrize("mode", MODES)
+def test_onnx_has_a_cell_as_one_step(mode: str) -> None:
+    m = STEPS[mode][0](3, 4)
+    operators, session = exported(m, torch.randn(2, 3), True)
+    assert operators.count(mode.split("_")[0]) == 1
+    x = torch.randn(7, 3)
+    assert_close(
+        list(map(torch.from_numpy, session.run(None, {"x": x.numpy()}))), tree_leaves(m(x))
+    )
+
+
+@onnx_export
+@pytest.mark.parametrize(
+    "what,dynamo",
+    [
+        ("packed", False),
+        ("lengths", False),
+        pytest.param("packed", True, marks=needs_dynamo_exporter),
+        pytest.param("lengths", True, marks=needs_dynamo_exporter),
+        pytest.param("projected", True, marks=needs_dynamo_exporter),
+    ],
+)
+def test_onnx_refuses(what: str, dynamo: bool) -> None:
+    """What its operators do not know."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = fastrnn.LSTM(3, 4, proj_size=2 if what == "projected" else 0)
+
+        def forward(self, x: Tensor) -> Any:
+            if what == "packed":
+                return self.lstm(pack_padded_sequence(x, torch.tensor([5, 3])))[0].data
+            return self.lstm(x, lengths=[5, 3] if what == "lengths" else None)[0]
+
+    message = "projections" if what == "projected" else "expected a padded input"
+    with pytest.raises(Exception, match=message):
+        exported(Model(), torch.randn(5, 2, 3), dynamo)
 
 
 @pytest.mark.parametrize("mode", MODES)

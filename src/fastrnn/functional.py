@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrnn import onnx
 from fastrnn.autograd import layer, transformed
 from fastrnn.backends import Backend, Sizes, Stacks
 from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.dispatch import load, pick, sizes_matter
-from fastrnn.operators import recording
+from fastrnn.operators import recording, tracing
 
 __all__ = ["autocast_dtype", "check_batch_sizes", "rnn", "sizes_of", "step"]
 
@@ -75,7 +76,7 @@ def rnn(
         T = len(batch_sizes)
     run = _pick(cell, input, weights, batch, T, batch_sizes is not None, backend)
     if run.STACKS:
-        if not torch.onnx.is_in_onnx_export():  # where sizes are tensors
+        if not onnx.exporting():  # where sizes are tensors
             _check_stack(cell, input, weights, hx, batch_sizes, batch)
         return cast(Stacks, run).rnn(
             cell, input, weights, hx, batch_sizes, batch, dropout, training
@@ -123,7 +124,7 @@ def step(
     batch = input.shape[0]
     run = _pick(cell, input, ((weights,),), batch, 1, False, backend)
     if run.STACKS:
-        if not torch.onnx.is_in_onnx_export():
+        if not onnx.exporting():
             _check(cell, input, (weights,), hx, None, batch)
         return cast(Stacks, run).step(cell, input, hx, weights)
     return _layer(cast(Backend, run), cell, input, (weights,), hx, None, input.shape[0])[1]
@@ -173,8 +174,10 @@ def _pick(
     backend: str | None,
 ) -> Backend | Stacks:
     if recording():
-        if torch.onnx.is_in_onnx_export():
-            return cast(Stacks, load("torch"))  # which has operators that the exporters know
+        if onnx.exporting():
+            # A trace has torch's operators, of which its exporter knows the ONNX ones.
+            traced = tracing() or not onnx.knows(cell)
+            return cast("Backend | Stacks", load("torch" if traced else "reference"))
         w_hh, w_hr = weights[0][0][1], weights[0][0][4]
         proj_size = 0 if w_hr is None else w_hr.shape[0]
         layers = (len(weights), len(weights[0]), w_hh.shape[0] // len(cell.gates), proj_size)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from fastrnn import functional
+from fastrnn import functional, onnx
 from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.dispatch import Choice, choose
 
@@ -229,6 +229,7 @@ class RNNBase(nn.RNNBase):
     def _forward_packed(
         self, cell: Cell, weights: list[list[Weights]], input: PackedSequence, hx: Any
     ) -> tuple[PackedSequence, Any]:
+        _check_no_onnx()
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
@@ -253,6 +254,7 @@ class RNNBase(nn.RNNBase):
 
     def _forward_lengths(self, input: Any, hx: Any, lengths: Any) -> tuple[Tensor, Any]:
         """A padded batch, of which sequences without a step keep their state."""
+        _check_no_onnx()
         if not isinstance(input, Tensor) or input.dim() != 3:
             got = f"{input.dim()}D" if isinstance(input, Tensor) else type(input).__name__
             raise ValueError(f"{self._name}: Expected a 3D tensor with lengths, got {got}")
@@ -369,6 +371,13 @@ def _no_script() -> RuntimeError:
         "torch.jit.script cannot compile fastrnn's layers: torch.jit.trace and torch.export record "
         "them, and fastrnn.revert(model) makes them torch.nn's"
     )
+
+
+def _check_no_onnx() -> None:
+    if onnx.exporting():
+        raise RuntimeError(
+            "export to ONNX: expected a padded input without lengths, got a packed one or lengths"
+        )
 
 
 def _lookup(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastrnn import onnx
 from fastrnn.backends import Backend
 from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.dispatch import load
@@ -59,6 +60,8 @@ def layer(
     save: bool,
 ) -> tuple[Tensor, State]:
     """As :func:`fastrnn.autograd.layer`; ``save`` if a gradient may be asked for."""
+    if onnx.exporting():
+        return onnx.layer(cell, x, weights, state)
     _, w_hh, b_ih, _, w_hr = weights[0]
     if batch_sizes is not None and state is None:
         # Nothing else tells how many sequences there are, without a look at numbers.
