@@ -55,7 +55,7 @@ readme: ## write the last run of `make bench`, and of bench-loaded, into README.
 		--beside $(wildcard build/bench/busy.json build/bench/one-core.json)
 
 loaded := $(bench) --peers torch.nn --seconds 0.5 \
-	-k "not (layers or bidirectional or packed or thread or cell)"
+	-k "not (layers or bidirectional or packed or thread or cell or deterministic)"
 bench-loaded: $(VENV)/.bench ## measure against torch.nn on busy cores, and on one core
 	@mkdir -p build/bench && rm -f build/bench/one-core.json build/bench/busy.json
 	taskset -c 0 $(loaded) --benchmark-json build/bench/one-core.json bench

@@ -38,6 +38,7 @@ class Case:
         packed: sequences of uniformly random lengths, at least one of T steps.
         one_step: by the cell's own module, as ``nn.LSTMCell``; T is 1.
         threads: None for as many as the run was told.
+        deterministic: under ``torch.use_deterministic_algorithms``, where a row of few costs more.
     """
 
     cell: str
@@ -48,6 +49,7 @@ class Case:
     packed: bool = False
     one_step: bool = False
     threads: int | None = None
+    deterministic: bool = False
 
     @property
     def training(self) -> bool:
@@ -61,6 +63,7 @@ class Case:
             "packed": self.packed,
             "cell": self.one_step,
             "1 thread": self.threads == 1,
+            "deterministic": self.deterministic,
         }
         return ", ".join(name for name, has in names.items() if has)
 
@@ -100,6 +103,8 @@ def cases() -> list[Case]:
         for cell, which in product(CELLS, PASSES)
         for shape, change in (
             (Shape(1, 1, 64, 64), {"one_step": True}),
+            (Shape(1, 1, 64, 64), {"deterministic": True}),
+            (Shape(1, 1, 512, 512), {"deterministic": True}),
             (Shape(100, 1, 64, 64), {"bidirectional": True}),
             (Shape(100, 32, 64, 64), {"bidirectional": True}),
             (Shape(100, 32, 64, 64), {"layers": 2}),

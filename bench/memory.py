@@ -85,6 +85,7 @@ def main() -> None:
     for case in track(cases(), "memory", console=Console(stderr=True)):
         threads = case.threads or args.threads
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(case.deterministic)
         measured[str(case)] = measure(case, threads)
     json.dump(measured, sys.stdout)
 

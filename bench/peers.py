@@ -300,7 +300,7 @@ class OpenVino:
 
 
 def _refuses_variants(case: Case) -> str | None:
-    if case.layers > 1 or case.bidirectional or case.packed or case.one_step:
+    if case.variant not in ("", "1 thread"):
         return "measured without variants"
     return None
 
@@ -350,7 +350,7 @@ class Jax:
     def refuses(self, case: Case) -> str | None:
         if case.packed:
             return "has no packed batches"
-        if case.one_step:
+        if case.one_step or case.deterministic:
             return "measured without variants"
         if case.threads is not None:
             return "cannot change its number of threads within a process"

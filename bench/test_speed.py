@@ -47,6 +47,7 @@ def test_speed(
     option = request.config.getoption
     threads = case.threads or option("--threads")
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(case.deterministic)
     numbers = copies(problem(case), option("--device"), getattr(torch, option("--dtype")))
     expected = [t.detach().clone() for t in peers.TORCH.prepare(case, numbers[0], threads)()]
     runs, refusals = {}, {}

@@ -51,7 +51,8 @@ struct Layer {
   int64_t I = 0, H = 0, P = 0;
   int D = 1;
   int threads = 1;
-  bool deterministic = false;  // the same plan whatever else the cores have to do
+  bool deterministic = false;  // the same sums, whatever else the cores have to do, and however
+                               // few rows there are
   Weights<T> weights[kMaxDirections];
   const T* state[kMaxStates] = {};  // h [D, B, P], others [D, B, H]; null is zero
 

@@ -60,6 +60,7 @@ struct Problem {
   Shape shape;
   std::unique_ptr<Rows> rows;
   int64_t N = 0, B = 0;
+  bool deterministic = false;
   std::vector<T> x, out, saved, dout, dx;
   // ih, hh, bias_ih, bias_hh, hr of each direction; empty where there is none.
   std::vector<T> w[2][5], dw[2][5];
@@ -91,6 +92,7 @@ struct Problem {
   void fill(Layer<T>& a, int threads) {
     a.rows = rows.get();
     a.I = shape.I, a.H = shape.H, a.P = shape.P, a.D = shape.D, a.threads = threads;
+    a.deterministic = deterministic;
     for (int d = 0; d < shape.D; ++d) {
       a.weights[d] = {pointer(w[d][0]), pointer(w[d][1]), pointer(w[d][2]), pointer(w[d][3]),
                       pointer(w[d][4])};
@@ -161,8 +163,9 @@ std::string name_of(const Engine& engine, const CellInfo& cell, const Shape& s) 
 }
 
 // Every gradient against central differences.
-void check_gradients(const Engine& engine, int index, const Shape& shape) {
+void check_gradients(const Engine& engine, int index, const Shape& shape, bool deterministic) {
   Problem<double> p(engine.cell[index], shape);
+  p.deterministic = deterministic;
   p.forward(engine, index, 1, true);
   p.backward(engine, index, 1);
   const std::string name = name_of(engine, p.cell, shape);
@@ -314,11 +317,14 @@ int main() {
     if (!engine->runs_here()) continue;
     names += std::string(names.empty() ? "" : ", ") + engine->name;
     for (int cell = 0; cell < engine->cells; ++cell) {
-      check_gradients(*engine, cell, {dense(3, 2), 3, 5, 5, 1, true, true, true});
-      check_gradients(*engine, cell, {{3, 3, 1}, 2, 3, 3, 2, false, true, true});
-      check_gradients(*engine, cell, {dense(1, 1), 1, 1, 1, 1, true, true, true});
-      if (engine->cell[cell].projectable) {
-        check_gradients(*engine, cell, {{3, 2, 2}, 2, 4, 3, 2, false, true, true});
+      for (bool deterministic : {false, true}) {
+        const auto check = [&](const Shape& shape) {
+          check_gradients(*engine, cell, shape, deterministic);
+        };
+        check({dense(3, 2), 3, 5, 5, 1, true, true, true});
+        check({{3, 3, 1}, 2, 3, 3, 2, false, true, true});
+        check({dense(1, 1), 1, 1, 1, 1, true, true, true});
+        if (engine->cell[cell].projectable) check({{3, 2, 2}, 2, 4, 3, 2, false, true, true});
       }
     }
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partialmethod
 from typing import Any
 
@@ -92,6 +93,89 @@ def judged(case: Case, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layer(case: Case, backend: str, dtype: torch.dtype) -> None:
     judged(case, backend, dtype)
+
+
+# Where the C++ engine packs no weights unless it must be deterministic, as it is in all other tests.
+FEW_ROWS = [case for case in CASES if case.T * case.B < 16]
+
+
+@needs_extension
+@dtypes
+@pytest.mark.parametrize("case", FEW_ROWS, ids=str)
+def test_few_rows(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    judged(case, "cpp", dtype)
+
+
+@needs_extension
+@dtypes
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(
+    "mode,directions,projected",
+    [
+        (mode, directions, projected)
+        for mode, cell in CELLS.items()
+        for directions, projected in ((1, False), (2, False), (2, True))
+        if cell.projectable or not projected
+    ],
+)
+@pytest.mark.parametrize("I,H", [(3, 17), (64, 64), (300, 130)])
+def test_a_row_is_the_same_in_any_batch(
+    mode: str,
+    I: int,
+    H: int,
+    directions: int,
+    projected: bool,
+    deterministic: bool,
+    dtype: torch.dtype,
+    set_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit, with any number of threads: with 16 rows or more, or if deterministic."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    T, most = (2, 40) if deterministic else (16, 40)
+    case = Case(mode, directions, 1, True, "dense", projected, True, T, most, I, H)
+    d, m = data(case, dtype), ours(case, dtype)
+
+    def results(first: int, last: int, threads: int) -> Results:
+        set_threads(threads)
+        some = [s[:, first:last] for s in (*d.hx, *d.cotangents[1:])]  # type: ignore[misc]
+        return evaluate(
+            m,
+            replace(case, B=last - first),
+            replace(
+                d,
+                x=d.x[:, first:last],
+                hx=tuple(some[: len(some) // 2]),
+                cotangents=(d.cotangents[0][:, first:last], *some[len(some) // 2 :]),
+            ),
+            "cpp",
+        )
+
+    def rows(found: Results, first: int, last: int) -> Results:
+        return {n: t[:, first:last] for n, t in found.items() if n not in parameters}
+
+    parameters = {f"grad of {n}" for n, _ in m.named_parameters()}
+    whole = results(0, most, 1)
+    for B in (*range(1, 20), 32, 39):
+        for first, threads in ((0, 1), (most - B, 2), ((most - B) // 2, 3)):
+            few = results(first, first + B, threads)
+            assert_equal(rows(few, 0, B), rows(whole, first, first + B))
+
+
+@needs_extension
+@dtypes
+@modes
+def test_a_sequence_is_the_same_in_any_packed_batch(mode: str, dtype: torch.dtype) -> None:
+    m = ours(Case(mode, 2, 2, True, "unsorted", False, False, 20, 9, 7, 33), dtype)
+    x, lengths = torch.randn(20, 9, 7, dtype=dtype), [20, 3, 1, 17, 20, 8, 2, 11, 5]
+    with fastrnn.use_backend("cpp"):
+        output, final = m(x, lengths=lengths)
+        for k, n in enumerate(lengths):
+            alone, state = m(x[:n, k])
+            assert torch.equal(output[:n, k], alone) and not output[n:, k].any()
+            for a, b in zip(tree_leaves(final), tree_leaves(state), strict=True):
+                assert torch.equal(a[:, k], b)
 
 
 @dtypes
