@@ -101,16 +101,16 @@ wheel: $(VENV)/.dev ## build the sdist and the wheels, and test those in a clean
 	$(wheel) -m pip install -qq "$$(echo dist/*-manylinux*.whl)[test]"
 	cd build/wheel && bin/python -c "import torch, fastrnn, fastrnn._cpp as cpp, fastrnn.kernels as \
 	kernels; assert all('site-packages' in m.__file__ for m in (fastrnn, cpp, kernels))"
-	cd build/wheel && bin/pytest -q -n 2 -m "not heavy" $(CURDIR)/tests
+	$(test-wheel)
 	$(wheel) -m pip install -qq --force-reinstall --no-deps dist/*-none-any.whl
-	cd build/wheel && FASTRNN_NO_CPP=1 bin/pytest -q -n 2 -m "not heavy" \
-		--ignore $(CURDIR)/tests/test_triton.py $(CURDIR)/tests
+	export FASTRNN_NO_CPP=1; $(test-wheel)
 	$(wheel) -m pip install -qq --force-reinstall --no-deps dist/*-manylinux*.whl
 	$(wheel) -m pip install -qq $(NEWEST_TORCH)
-	cd build/wheel && bin/python -m fastrnn info
-	cd build/wheel && bin/pytest -q -n 2 -m "isa and not heavy" $(CURDIR)/tests
+	$(test-wheel)
 
 wheel := build/wheel/bin/python
+test-wheel = cd build/wheel && bin/python -m fastrnn info && \
+	bin/pytest -q -n 2 -m "(isa or installed) and not heavy" $(CURDIR)/tests
 
 # Debian's g++-aarch64-linux-gnu and qemu-user.
 aarch64: build/selftest-aarch64 ## build the engine for another architecture, and test it in an emulator

@@ -306,7 +306,7 @@ def call(
 
 
 def evaluate(module: nn.Module, case: Case, d: Data, backend: str | None = None) -> Results:
-    """Outputs and the gradients of everything, by name; ``backend`` beats what is in force."""
+    """Outputs, and the gradients of all that has one; ``backend`` beats what is in force."""
     x = shaped(case, d.x.clone()).requires_grad_()
     squeeze = case.layout == "unbatched"
     hx = None
@@ -318,6 +318,7 @@ def evaluate(module: nn.Module, case: Case, d: Data, backend: str | None = None)
     cotangents += [c.squeeze(1) if squeeze else c for c in d.cotangents[1:]]
     leaves = {"input": x, **dict(module.named_parameters())}
     leaves |= {f"{s}_0": t for s, t in zip(case.cell.states, hx or (), strict=False)}
+    leaves = {name: t for name, t in leaves.items() if t.requires_grad}
     grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
     results = dict(zip(output_names(case.cell), (o.detach() for o in outputs), strict=True))
     return results | {f"grad of {n}": g for n, g in zip(leaves, grads, strict=True)}

@@ -95,7 +95,7 @@ def test_layer(case: Case, backend: str, dtype: torch.dtype) -> None:
     judged(case, backend, dtype)
 
 
-# Where the C++ engine packs no weights unless it must be deterministic, as it is in all other tests.
+# Where the C++ engine packs no weights unless it is deterministic, as in all other tests.
 FEW_ROWS = [case for case in CASES if case.T * case.B < 16]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
 from fastrnn.dispatch import load
@@ -128,7 +132,7 @@ def test_one_hx_where_another_cell_has_two(mode: str) -> None:
 @pytest.mark.parametrize("input", [None, 5, [torch.zeros(2, 3)], torch.zeros(5, 2, 3).numpy()])
 def test_input_of_a_wrong_type(input: Any) -> None:
     for m in (fastrnn.GRU(3, 4), fastrnn.GRUCell(3, 4)):
-        with pytest.raises((AttributeError, TypeError)):
+        with pytest.raises(TypeError, match="expected a Tensor.*, got"):
             m(input)
 
 
@@ -386,6 +390,161 @@ def test_a_cell_raises_when_torchs_does(mode: str, data: st.DataObject) -> None:
             shape, _ = data.draw(tensors((*B, 4)))
             hx = hx, make(shape, hx.dtype)  # torch promotes what c alone has another dtype than
     assert_same_outcome(modules, x, hx)
+
+
+# Anything at all
+
+
+class Fuzz:
+    """Arguments as they should be, mostly, of sizes T=5, B=2, I=3 and H=4."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.infinite = False
+        torch.manual_seed(seed)
+
+    def once_in(self, n: int) -> bool:
+        return self.draw.random() < 1 / n
+
+    def tensor(self, *shape: int) -> Any:
+        draw, sizes = self.draw, list(shape)
+        if self.once_in(50):
+            return draw.choice([None, 3, 0.5, "a", [1.0], [[0.5] * 3] * 2, (), object(), {}])
+        if self.once_in(8) and sizes:
+            sizes[draw.randrange(len(sizes))] = draw.randrange(7)
+        if self.once_in(15):
+            sizes = [draw.randrange(6) for _ in range(draw.randrange(5))]
+        t = torch.randn([2 * n for n in sizes] if (sliced := self.once_in(8)) else sizes)
+        if t.numel() and self.once_in(5):
+            for _ in range(draw.randrange(1, 4)):
+                value = draw.choice([math.nan, math.nan, math.inf, -math.inf, -0.0, 1e-40])
+                self.infinite |= math.isinf(value)
+                t.view(-1)[draw.randrange(t.numel())] = value
+        if sliced:
+            t = t[tuple(slice(None, None, 2) for _ in sizes)]
+        if self.once_in(10) and t.dim() > 1:
+            t = t.transpose(0, 1).contiguous().transpose(0, 1)
+        if self.once_in(20):
+            t = t[..., :1].expand(t.shape) if t.dim() else t
+        if self.once_in(10):
+            dtypes = (torch.float64, torch.int64, torch.bool, torch.cfloat, torch.bfloat16)
+            t = t.nan_to_num().to(draw.choice(dtypes))
+        if self.once_in(30):
+            t = draw.choice([t.to("meta"), t.to_sparse(), t.float().numpy(), t.tolist()])
+        if isinstance(t, Tensor) and t.is_floating_point() and self.once_in(3):
+            t.requires_grad_()
+        return t
+
+    def module(self, names: tuple[str, ...]) -> nn.Module:
+        draw, name = self.draw, self.draw.choice(names)
+        options: dict[str, Any] = {}
+        if "Cell" not in name:
+            options = {"num_layers": draw.choice([1, 2]), "bidirectional": self.once_in(2)}
+            options |= {"batch_first": self.once_in(2)}
+            if name == "LSTM" and self.once_in(4):
+                options["proj_size"] = 2
+        return getattr(fastrnn, name)(3, 4, **options).train(self.once_in(2))
+
+    def state(self, m: Any, batch: tuple[int, ...]) -> Any:
+        if self.once_in(2):
+            return None
+        rows = () if "Cell" in type(m).__name__ else (m.num_layers * (1 + m.bidirectional),)
+        if not type(m).__name__.startswith("LSTM"):
+            return self.tensor(*rows, *batch, 4)
+        hx = [self.tensor(*rows, *batch, getattr(m, "proj_size", 0) or 4)]
+        hx += [self.tensor(*rows, *batch, 4)] * (not self.once_in(20))
+        return hx if self.once_in(4) else tuple(hx)
+
+    def lengths(self) -> Any:
+        if self.once_in(10):
+            return self.draw.choice([[], [1], [6, 1], [-1, 2], [1.5, 2], ["a", 1], 3, [None, 1]])
+        numbers = [self.draw.randrange(6) for _ in range(2)]
+        return torch.tensor(numbers) if self.once_in(2) else numbers
+
+    def layer(self) -> Callable[[], Any]:
+        m: Any = self.module(("RNN", "LSTM", "GRU"))
+        batched = not self.once_in(4)
+        sizes = (2, 5) if m.batch_first else (5, 2)
+        x = self.tensor(*(sizes if batched else (5,)), 3)
+        hx = self.state(m, (2,) if batched else ())
+        if self.once_in(4):
+            lengths = self.lengths()
+            return lambda: m(x, hx, lengths=lengths)
+        if self.once_in(4):
+            batch_sizes: Any = self.draw.choice([[2, 2, 1], [2, 1, 1, 1], [1, 2], [3], [], [0]])
+            batch_sizes = torch.tensor(
+                batch_sizes, dtype=self.draw.choice([torch.int64] * 5 + [torch.float32])
+            )
+            order = torch.tensor(self.draw.choice([[0, 1], [1, 0], [0, 2], [0], [-1, 0]]))
+            packed = PackedSequence(self.tensor(5, 3), batch_sizes, order, order)
+            return lambda: m(packed, hx)
+        return lambda: m(x, hx)
+
+    def cell(self) -> Callable[[], Any]:
+        m = self.module(("RNNCell", "LSTMCell", "GRUCell"))
+        batch = (2,) if not self.once_in(3) else ()
+        x, hx = self.tensor(*batch, 3), self.state(m, batch)
+        return lambda: m(x, hx)
+
+    def constructor(self) -> Callable[[], Any]:
+        values = [1, 2, 3, -1, 0, 2**40, 2**62, 1.5, None, "3", "relu", True, math.nan, [], 2**70]
+        cls = getattr(fastrnn, self.draw.choice(["RNN", "LSTM", "GRU", "RNNBase", "RNNCell"]))
+        names = ["num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"]
+        names += ["device", "dtype", "nonlinearity", "surprise"]
+        args = [self.draw.choice(values) for _ in range(self.draw.randrange(3))]
+        chosen = self.draw.sample(names, self.draw.randrange(4))
+        # Very many layers would be made one by one.
+        kwargs = {n: self.draw.choice(values[:5] + values[7:-1]) for n in chosen}
+        return lambda: cls(*args, **kwargs)
+
+    def function(self) -> Callable[[], Any]:
+        m = self.module(("LSTM", "GRUCell"))
+        thing = self.draw.choice([m, nn.LSTM(3, 4), None, 3, "a", m.state_dict()])
+        x = self.tensor(5, 2, 3)
+        return self.draw.choice(
+            [
+                lambda: fastrnn.explain(thing, x),
+                lambda: fastrnn.convert(thing),
+                lambda: fastrnn.revert(thing),
+                lambda: fastrnn.use_backend(thing).__enter__(),
+                fastrnn.empty_cache,
+            ]
+        )
+
+    def call(self) -> Callable[[], Any]:
+        kinds = (self.layer, self.cell, self.constructor, self.function)
+        return self.draw.choices(kinds, (6, 3, 1, 1))[0]()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.heavy)])
+def test_any_arguments(seconds: float) -> None:
+    """Give results that can be differentiated, with NaN where the reference has it, or an error."""
+    end, seed, worked = time.monotonic() + seconds, 0, 0
+    while time.monotonic() < end:
+        seed += 1
+        fuzz = Fuzz(seed)
+        call = fuzz.call()
+        try:
+            results = [t for t in tree_leaves(call()) if isinstance(t, Tensor)]
+        except (ValueError, RuntimeError, TypeError):
+            continue
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}") from error
+        worked += bool(results)
+        torch.manual_seed(0)
+        if differentiable := [t for t in results if t.requires_grad]:
+            torch.autograd.backward(differentiable, [torch.randn_like(t) for t in differentiable])
+        with fastrnn.use_backend("reference"):
+            expected = [t for t in tree_leaves(call()) if isinstance(t, Tensor)]
+        for a, e in zip(results, expected, strict=True):
+            assert a.layout is torch.strided, f"seed {seed}"
+            if a.is_meta:
+                continue
+            assert not (a.isnan() & ~e.isnan()).any(), f"seed {seed}"
+            # A sigmoid of minus infinity is as small as may be, but not zero.
+            assert fuzz.infinite or torch.equal(a.isnan(), e.isnan()), f"seed {seed}"
+    assert worked > 50
 
 
 # Sizes

@@ -21,6 +21,8 @@ from fastrnn.cells import GRU, LSTM
 from fastrnn.dispatch import BACKENDS, BackendError, choose, load
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.installed
+
 needs_cpp = pytest.mark.skipif(load("cpp").missing() is not None, reason="no extension")
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from cases import (
     evaluate,
     ours,
     runnable,
+    said,
     theirs,
 )
 from torch import Tensor, nn
@@ -38,6 +40,8 @@ import fastrnn
 Pair = tuple[nn.Module, nn.Module]
 KNOWN = [c for c in CASES if c.mode in LAYERS]
 MODES = list(LAYERS)
+
+pytestmark = pytest.mark.installed
 
 
 def pair(table: dict[str, Any], mode: str, *args: Any, **kwargs: Any) -> Pair:
@@ -636,6 +640,33 @@ def test_copies_compute_the_same(mode: str, how: str) -> None:
         assert repr(other) == repr(m)
         assert list(other.state_dict()) == list(m.state_dict())
         sum(t.sum() for t in flat(other(input))).backward()
+
+
+def test_whole_modules_in_a_new_process(tmp_path: Path) -> None:
+    """Loaded as they are, and under weights_only once their classes are said to be safe."""
+    model = nn.ModuleDict({"layer": fastrnn.LSTM(3, 4, 2, bidirectional=True)})
+    for name in ("RNNCell", "LSTMCell", "GRUCell"):
+        model[name] = getattr(fastrnn, name)(3, 4)
+    x = torch.randn(5, 2, 3)
+    expected = {n: flat(m(x if n == "layer" else x[0])) for n, m in model.items()}
+    torch.save(model, tmp_path / "model.pt")
+    torch.save({n: [t.detach() for t in ts] for n, ts in expected.items()}, tmp_path / "results.pt")
+    torch.save(x, tmp_path / "x.pt")
+    code = """
+        import sys, torch
+        x, expected = torch.load("x.pt"), torch.load("results.pt")
+        for weights_only in (False, True):
+            if weights_only:
+                import fastrnn
+                ours = [fastrnn.LSTM, fastrnn.RNNCell, fastrnn.LSTMCell, fastrnn.GRUCell]
+                torch.serialization.add_safe_globals([torch.nn.ModuleDict, *ours])
+            model = torch.load("model.pt", weights_only=weights_only)
+            for name, m in model.items():
+                leaves = torch.utils._pytree.tree_leaves(m(x if name == "layer" else x[0]))
+                torch.testing.assert_close(leaves, expected[name])
+        print("done")
+    """
+    assert said(code, tmp_path) == "done"
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,6 +5,7 @@ there is none beside the tests.
 """
 
 import ast
+import doctest
 import importlib.metadata
 import importlib.util
 import os
@@ -29,6 +30,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pytest needs it there
+
+pytestmark = pytest.mark.installed
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "fastrnn"
@@ -113,6 +116,18 @@ def all_imports() -> list[tuple[str, str, Import]]:
         for path, module in source_files()
         for found in imports(path, module)
     ]
+
+
+@pytest.mark.parametrize("name", ["", ".convert", ".dispatch", ".modules"])
+def test_examples_in_docstrings(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"fastrnn{name}"))
+    assert found.attempted and not found.failed
+
+
+def test_all_that_is_public_is_documented() -> None:
+    for name in fastrnn.__all__:
+        thing = vars(fastrnn)[name]
+        assert thing.__doc__, name  # its own, not inherited
 
 
 @needs_tree

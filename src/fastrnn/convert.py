@@ -40,6 +40,9 @@ def convert(model: nn.Module) -> nn.Module:
         UserWarning: names what cannot be converted: subclasses, whose methods may rely on torch's
             own, and what ``torch.jit.script`` has compiled.
 
+    Raises:
+        TypeError: ``model`` is no module.
+
     >>> import torch, fastrnn
     >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.LSTM(4, 8))
     >>> fastrnn.convert(model)
@@ -62,6 +65,9 @@ def revert(model: nn.Module) -> nn.Module:
     Warns:
         UserWarning: names what cannot be reverted: subclasses, and layers around cells that torch
             lacks.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
     return _exchanged(model, _THEIRS, "revert")
 
@@ -69,6 +75,8 @@ def revert(model: nn.Module) -> nn.Module:
 def _exchanged(
     model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], verb: str
 ) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     ours = (modules.RNNBase, modules.RNNCellBase)
     left = []
     for name, module in model.named_modules():

@@ -20,7 +20,7 @@ from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.dispatch import load, pick, sizes_matter
 from fastrnn.operators import recording, tracing
 
-__all__ = ["autocast_dtype", "check_batch_sizes", "rnn", "sizes_of", "step"]
+__all__ = ["autocast_dtype", "check_batch_sizes", "check_like", "rnn", "sizes_of", "step"]
 
 
 def rnn(
@@ -236,7 +236,7 @@ def _check(
     batch_sizes: Tensor | None,
     batch: int,
 ) -> None:
-    _check_like("input", x, x)
+    check_like("input", x, x)
     for direction in weights:
         _check_weights(cell, x, direction, weights[0])
     if state is not None:
@@ -296,10 +296,11 @@ def _check_weight(cell: Cell, name: str, w: Tensor, shape: tuple[int, ...], x: T
         raise RuntimeError(
             f"{cell.mode}: expected {name} of shape {list(shape)}, got {list(w.shape)}"
         )
-    _check_like(name, w, x)
+    check_like(name, w, x)
 
 
-def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    """A tensor with the input's dtype and device, and with strides; raises as :func:`rnn`."""
     if tensor.dtype is not x.dtype:
         raise RuntimeError(f"expected {name} of the input's dtype {x.dtype}, got {tensor.dtype}")
     if tensor.layout is not torch.strided:
@@ -326,7 +327,7 @@ def _check_state(
                 f"{cell.mode}: expected initial {cell.states[k]} of shape {list(shape)}, "
                 f"got {list(s.shape)}"
             )
-        _check_like("initial state", s, x)
+        check_like("initial state", s, x)
 
 
 def check_batch_sizes(batch_sizes: Tensor, N: int) -> int:

@@ -231,8 +231,8 @@ class RNNBase(nn.RNNBase):
     ) -> tuple[PackedSequence, Any]:
         _check_no_onnx()
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        if data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        if (dim := _rank(data, "a PackedSequence of a Tensor")) != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {dim}")
         self._check_input(data, weights[0][0][0])
         state = None
         if hx is not None:
@@ -267,6 +267,10 @@ class RNNBase(nn.RNNBase):
         if hx is not None:
             state = self._check_rank(cell, hx, 3)
             self._check_state(cell, state, B)
+        # Nothing below checks what belongs to sequences without a step.
+        functional.check_like("input", input, input)
+        for s in () if functional.autocast_dtype(input) else state or ():
+            functional.check_like("initial state", s, input)
         some = counts.nonzero().squeeze(1)
         if len(some) == B > 0:
             return self._forward_some(input, state, counts)
@@ -303,9 +307,9 @@ class RNNBase(nn.RNNBase):
         return "RNN" if self.mode.startswith("RNN_") else self.mode
 
     def _check_dimensions(self, input: Tensor) -> None:
-        if input.dim() not in (2, 3):
+        if (dim := _rank(input, "a Tensor or a PackedSequence")) not in (2, 3):
             raise ValueError(
-                f"{self._name}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead"
+                f"{self._name}: Expected input to be 2D or 3D, got {dim}D tensor instead"
             )
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
@@ -371,6 +375,13 @@ def _no_script() -> RuntimeError:
         "torch.jit.script cannot compile fastrnn's layers: torch.jit.trace and torch.export record "
         "them, and fastrnn.revert(model) makes them torch.nn's"
     )
+
+
+def _rank(input: Any, expected: str) -> int:
+    try:
+        return cast(int, input.dim())
+    except AttributeError:
+        raise TypeError(f"expected {expected}, got {type(input).__name__}") from None
 
 
 def _check_no_onnx() -> None:
@@ -610,10 +621,8 @@ class RNNCellBase(nn.RNNCellBase):
         return state if dim == 2 else tuple(s.unsqueeze(0) for s in state)
 
     def _check_dimensions(self, input: Tensor) -> None:
-        if input.dim() not in (1, 2):
-            raise ValueError(
-                f"{self._name}: Expected input to be 1D or 2D, got {input.dim()}D instead"
-            )
+        if (dim := _rank(input, "a Tensor")) not in (1, 2):
+            raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {dim}D instead")
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
         if input.dtype is not weight.dtype and functional.autocast_dtype(input) is None:
@@ -686,8 +695,6 @@ def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Ch
     if not isinstance(module, (RNNBase, RNNCellBase)):
         raise TypeError(f"expected a layer or a cell of fastrnn, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
-    if not isinstance(data, Tensor):
-        raise TypeError(f"expected a Tensor or a PackedSequence, got {type(data).__name__}")
     module._check_dimensions(data)
     if isinstance(module, RNNCellBase):
         weights = module._weights()
