@@ -132,7 +132,7 @@ def test_one_hx_where_another_cell_has_two(mode: str) -> None:
 @pytest.mark.parametrize("input", [None, 5, [torch.zeros(2, 3)], torch.zeros(5, 2, 3).numpy()])
 def test_input_of_a_wrong_type(input: Any) -> None:
     for m in (fastrnn.GRU(3, 4), fastrnn.GRUCell(3, 4)):
-        with pytest.raises(TypeError, match="expected a Tensor.*, got"):
+        with pytest.raises(TypeError, match=r"expected a Tensor.*, got"):
             m(input)
 
 
