@@ -22,6 +22,9 @@ Run = Callable[[], Any]
 ONNX_GATES = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
 
 
+COMPILED_SHAPES = ("(1, 1, 64, 64)", "(100, 1, 64, 64)", "(100, 32, 64, 64)", "(50, 64, 512, 512)")
+
+
 class Peer(Protocol):
     """Attributes: ``name``, and ``needs``, the packages without which it is reported missing."""
 
@@ -110,6 +113,8 @@ def missing(peer: Peer) -> str | None:
 class Module:
     """A library with torch.nn's interface; of fastrnn perhaps a backend that is not the fastest."""
 
+    compiled = False
+
     def __init__(self, name: str, backend: str | None = None) -> None:
         self.name = f"{name} {backend}" if backend else name
         self.library, self.backend = name, backend
@@ -124,6 +129,8 @@ class Module:
             ours = make(importlib.import_module(self.library), case).to(problem.x)
             ours.load_state_dict(module.state_dict())
             module = ours.train(case.training)
+        if self.compiled:
+            module = torch.compile(module, fullgraph=True)
         x, hx = problem.x, problem.hx
 
         def output(input: Any) -> Tensor:
@@ -159,6 +166,21 @@ class Module:
 
     def results(self, raw: Any) -> list[Tensor]:
         return [t.detach() for t in raw]
+
+
+class Compiled(Module):
+    """Our layer in a graph of ``torch.compile``'s, which has nothing to fuse it with."""
+
+    compiled = True
+
+    def __init__(self) -> None:
+        super().__init__("fastrnn")
+        self.name = "fastrnn compiled"
+
+    def refuses(self, case: Case) -> str | None:
+        if not case.training or str(case.shape) not in COMPILED_SHAPES:
+            return "measured in training, and at a few sizes"
+        return _refuses_variants(case)
 
 
 class FlashRnn:
@@ -472,8 +494,15 @@ class Floor:
 
 OURS = Module("fastrnn")
 TORCH = Module("torch.nn")
-NUMBA = Module("fastrnn", "numba")
-PEERS: tuple[Peer, ...] = (TORCH, OnnxRuntime(), OpenVino(), Jax(), CompiledLoop(), NUMBA)
+OURS_OTHERWISE = (Module("fastrnn", "numba"), Compiled())
+PEERS: tuple[Peer, ...] = (
+    TORCH,
+    OnnxRuntime(),
+    OpenVino(),
+    Jax(),
+    CompiledLoop(),
+    *OURS_OTHERWISE,
+)
 GPU_PEERS: tuple[Peer, ...] = (TORCH, FlashRnn())
 FLOORS = (Floor("nothing"), Floor("nn.Linear"))
 

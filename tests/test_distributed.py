@@ -1,0 +1,83 @@
+"""Two processes that share a batch have the gradients of one that has all of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="needs torch.distributed with gloo",
+)
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastrnn
+
+rank, how, store, layer = int(sys.argv[1]), *sys.argv[2:]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = getattr(fastrnn, layer)(3, 6, num_layers=2, bidirectional=True)
+        self.cell = getattr(fastrnn, layer + "Cell")(12, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        output, _ = self.layers(x)
+        state = self.cell(output[-1])
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+x = torch.randn(5, 4, 3)
+dist.broadcast(x, 0)
+alone, shared = Tagger(), Tagger()
+alone(x).square().mean().backward()
+if how == "ddp":
+    shared = DistributedDataParallel(shared)
+else:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(shared.layers)
+    fully_shard(shared)
+for _ in range(2):
+    shared.zero_grad()
+    shared(x[:, 2 * rank : 2 * rank + 2]).square().mean().backward()
+for (name, p), expected in zip(shared.named_parameters(), alone.parameters(), strict=True):
+    grad = p.grad.full_tensor() if how == "fsdp" else p.grad
+    torch.testing.assert_close(grad, expected.grad, msg=name)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("how,layer", [("ddp", "GRU"), ("fsdp", "LSTM")])
+def test_gradients_of_two_processes(how: str, layer: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), how, str(tmp_path / "store"), layer],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=100)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
