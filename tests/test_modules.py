@@ -41,8 +41,6 @@ Pair = tuple[nn.Module, nn.Module]
 KNOWN = [c for c in CASES if c.mode in LAYERS]
 MODES = list(LAYERS)
 
-pytestmark = pytest.mark.installed
-
 
 def pair(table: dict[str, Any], mode: str, *args: Any, **kwargs: Any) -> Pair:
     """Ours and theirs, built from one seed."""

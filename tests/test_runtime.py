@@ -25,8 +25,6 @@ fast = pytest.mark.parametrize("backend", runnable())
 needs_numba = pytest.mark.skipif("numba" not in runnable(), reason="numba is not installed")
 MODES = list(LAYERS)
 
-pytestmark = pytest.mark.installed
-
 
 # The interpreter lock
 

@@ -1,0 +1,151 @@
+r"""Initialisations that recurrent layers are known to need.
+
+Each takes a layer or a cell, of fastrnn or of torch.nn, changes its parameters in place and returns
+it. W_ih is left as it is, for :mod:`torch.nn.init` to change.
+
+>>> import torch, fastrnn
+>>> rnn = fastrnn.init.identity_(fastrnn.RNN(8, 16, nonlinearity="relu"))
+>>> lstm = fastrnn.init.forget_bias_(fastrnn.init.orthogonal_(fastrnn.LSTM(8, 16)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn.cells import CELLS
+
+__all__ = ["chrono_", "forget_bias_", "identity_", "orthogonal_"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# What keeps the old state when it is 1, and what lets new input in.
+_KEEPS = {"LSTM": "f", "GRU": "z"}
+_ADMITS = {"LSTM": "i"}
+
+
+def identity_(module: Module, scale: float = 1.0) -> Module:
+    """``W_hh = scale * I`` and biases of zero, which carry the state through time unchanged.
+
+    For an :class:`~fastrnn.RNN` with ``nonlinearity="relu"``: an IRNN.
+
+    Raises:
+        TypeError: the module is no recurrent layer or cell.
+        ValueError: it is not an RNN with relu.
+
+    Source: Le, Jaitly and Hinton 2015, "A Simple Way to Initialize Recurrent Networks of Rectified
+    Linear Units".
+    """
+    if (mode := _mode(module)) != "RNN_RELU":
+        raise ValueError(f"expected an RNN with nonlinearity 'relu', got {mode}")
+    with torch.no_grad():
+        for direction in _directions(module):
+            direction.w_hh.copy_(scale * torch.eye(len(direction.w_hh)))
+            for bias in direction.biases:
+                bias.zero_()
+    return module
+
+
+def orthogonal_(module: Module, gain: float = 1.0) -> Module:
+    """Each gate's block of W_hh, ``[H, H]`` (projected: ``[H, P]``), is orthogonal, times ``gain``.
+
+    Raises:
+        TypeError: the module is no recurrent layer or cell.
+
+    Source: Saxe, McClelland and Ganguli 2014, "Exact solutions to the nonlinear dynamics of
+    learning in deep linear neural networks".
+    """
+    gates = len(CELLS[_mode(module)].gates)
+    with torch.no_grad():
+        for direction in _directions(module):
+            for block in direction.w_hh.chunk(gates):
+                block.copy_(nn.init.orthogonal_(torch.empty_like(block), gain))
+    return module
+
+
+def forget_bias_(module: Module, value: float = 1.0) -> Module:
+    """The bias of the gate that keeps the state is ``value``: the LSTM's f, the GRU's z.
+
+    It is the sum of both biases that counts: ``bias_ih`` gets ``value`` and ``bias_hh`` zero there.
+
+    Raises:
+        TypeError: the module is no recurrent layer or cell.
+        ValueError: it has no such gate, or no biases.
+
+    Source: Gers, Schmidhuber and Cummins 2000, "Learning to Forget"; Jozefowicz, Zaremba and
+    Sutskever 2015, "An Empirical Exploration of Recurrent Network Architectures".
+    """
+    keeps = _gate(module, _KEEPS)
+    with torch.no_grad():
+        for direction in _directions(module):
+            direction.set_bias(keeps, torch.as_tensor(value))
+    return module
+
+
+def chrono_(module: Module, longest: int) -> Module:
+    r"""Gates remember for times spread evenly up to ``longest`` steps, the longest dependency.
+
+    The bias of the gate that keeps the state is :math:`\log u` with u uniform in
+    ``[1, longest - 1]``; that of the LSTM's input gate is the negative of it.
+
+    Raises:
+        TypeError: the module is no recurrent layer or cell.
+        ValueError: it has no such gate, or no biases, or ``longest`` is below 3.
+
+    Source: Tallec and Ollivier 2018, "Can recurrent neural networks warp time?".
+    """
+    if longest < 3:
+        raise ValueError(f"expected a longest dependency of 3 steps or more, got {longest}")
+    mode, keeps = _mode(module), _gate(module, _KEEPS)
+    with torch.no_grad():
+        for direction in _directions(module):
+            bias = direction.biases[0]
+            times = torch.empty(len(bias) // len(direction.gates)).uniform_(1, longest - 1).log()
+            direction.set_bias(keeps, times)
+            if mode in _ADMITS:
+                direction.set_bias(_ADMITS[mode], -times)
+    return module
+
+
+class _Direction:
+    """The recurrent parameters of one layer and direction."""
+
+    def __init__(self, gates: Sequence[str], w_hh: Tensor, biases: Sequence[Tensor]) -> None:
+        self.gates, self.w_hh, self.biases = gates, w_hh, biases
+
+    def set_bias(self, gate: str, values: Tensor) -> None:
+        ih, hh = (bias.chunk(len(self.gates))[self.gates.index(gate)] for bias in self.biases)
+        ih.copy_(values)
+        hh.zero_()
+
+
+def _mode(module: nn.Module) -> str:
+    if isinstance(module, nn.RNNBase):
+        return str(module.mode)
+    if isinstance(module, nn.RNNCell):
+        return f"RNN_{module.nonlinearity.upper()}"
+    if isinstance(module, nn.LSTMCell | nn.GRUCell):
+        return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU"
+    raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
+
+
+def _gate(module: nn.Module, gates: dict[str, str]) -> str:
+    mode = _mode(module)
+    if mode not in gates:
+        raise ValueError(f"expected a cell with a gate that keeps the state, got {mode}")
+    if not module.bias:
+        raise ValueError("expected a module with biases, got bias=False")
+    return gates[mode]
+
+
+def _directions(module: nn.Module) -> Iterator[_Direction]:
+    gates = CELLS[_mode(module)].gates
+    for name in dict(module.named_parameters()):
+        if name.startswith("weight_hh"):
+            suffix = name.removeprefix("weight_hh")
+            kinds = ("bias_ih", "bias_hh") if module.bias else ()
+            biases = [getattr(module, kind + suffix) for kind in kinds]
+            yield _Direction(gates, getattr(module, name), biases)
