@@ -42,6 +42,7 @@ KERNELS = ROOT / "kernels"
 LAYERS = [
     "__main__",
     "convert",
+    "init",
     "modules",
     "functional",
     "autograd",
@@ -118,7 +119,7 @@ def all_imports() -> list[tuple[str, str, Import]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["", ".convert", ".dispatch", ".modules"])
+@pytest.mark.parametrize("name", ["", ".convert", ".dispatch", ".init", ".modules"])
 def test_examples_in_docstrings(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"fastrnn{name}"))
     assert found.attempted and not found.failed

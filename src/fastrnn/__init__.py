@@ -7,6 +7,7 @@
 
 from importlib.metadata import version
 
+from fastrnn import init
 from fastrnn.convert import convert, patched, revert
 from fastrnn.dispatch import BackendError, empty_cache, use_backend
 from fastrnn.modules import (
@@ -34,6 +35,7 @@ __all__ = [
     "convert",
     "empty_cache",
     "explain",
+    "init",
     "patched",
     "revert",
     "use_backend",
