@@ -41,7 +41,9 @@ KERNELS = ROOT / "kernels"
 # import anything.
 LAYERS = [
     "__main__",
+    "bptt",
     "convert",
+    "diagnostics",
     "init",
     "modules",
     "functional",
@@ -59,6 +61,7 @@ LAYERS = [
 # What a part may import besides the standard library, where that is not torch alone.
 THIRD_PARTY = {
     "__main__": {"torch", "rich"},
+    "diagnostics": {"torch", "matplotlib"},
     "kernels": {"torch", "numba", "llvmlite", "triton"},
 }
 
@@ -119,7 +122,9 @@ def all_imports() -> list[tuple[str, str, Import]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["", ".convert", ".dispatch", ".init", ".modules"])
+@pytest.mark.parametrize(
+    "name", ["", ".bptt", ".convert", ".diagnostics", ".dispatch", ".init", ".modules"]
+)
 def test_examples_in_docstrings(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"fastrnn{name}"))
     assert found.attempted and not found.failed

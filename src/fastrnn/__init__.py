@@ -7,7 +7,8 @@
 
 from importlib.metadata import version
 
-from fastrnn import init
+from fastrnn import diagnostics, init
+from fastrnn.bptt import tbptt
 from fastrnn.convert import convert, patched, revert
 from fastrnn.dispatch import BackendError, empty_cache, use_backend
 from fastrnn.modules import (
@@ -33,11 +34,13 @@ __all__ = [
     "RNNCell",
     "RNNCellBase",
     "convert",
+    "diagnostics",
     "empty_cache",
     "explain",
     "init",
     "patched",
     "revert",
+    "tbptt",
     "use_backend",
 ]
 

@@ -1,0 +1,73 @@
+"""Back-propagation through time over windows of a long sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["tbptt"]
+
+
+def tbptt(
+    step: Callable[..., tuple[Any, Any]],
+    sequences: Tensor | Sequence[Tensor],
+    window: int,
+    state: Any = None,
+    *,
+    dim: int = 0,
+) -> Iterator[tuple[Any, Any]]:
+    """Truncated back-propagation through time: run ``step`` on one window after the other.
+
+    The state is carried from window to window, and no gradient flows back through it: what a
+    backward pass needs is that of one window. With one window it is back-propagation in full.
+
+    Args:
+        step: ``step(*windows, state) -> (result, new state)``.
+        sequences: one tensor or several, of one length along ``dim``; ``step`` gets the same part
+            of each.
+        window: steps in a window; the last may have fewer.
+        state: what the first window begins with: None, a tensor, or tensors in any nesting, such as
+            a layer's ``hx``.
+        dim: the dimension of time, 1 for ``batch_first``.
+
+    Yields:
+        The result of each window, which is to be differentiated before the next is asked for if
+        ``step`` depends on what an optimizer changes, and the state after it, detached.
+
+    Raises:
+        ValueError: ``window`` is below 1, or the lengths differ.
+
+    Source: Williams and Peng 1990, "An Efficient Gradient-Based Algorithm for On-Line Training of
+    Recurrent Network Trajectories".
+
+    >>> import torch, fastrnn
+    >>> gru, x, y = fastrnn.GRU(3, 4), torch.randn(10, 2, 3), torch.randn(10, 2, 4)
+    >>> def step(x, y, state):
+    ...     output, state = gru(x, state)
+    ...     return (output - y).square().mean(), state
+    >>> for loss, state in fastrnn.tbptt(step, (x, y), window=4):
+    ...     loss.backward()
+    """
+    sequences = [sequences] if isinstance(sequences, Tensor) else list(sequences)
+    lengths = {s.shape[dim] for s in sequences}
+    if len(lengths) != 1:
+        raise ValueError(f"expected sequences of one length, got {sorted(lengths)}")
+    if window < 1:
+        raise ValueError(f"expected a window of 1 step or more, got {window}")
+    return _windows(step, sequences, window, state, dim)
+
+
+def _windows(
+    step: Callable[..., tuple[Any, Any]],
+    sequences: Sequence[Tensor],
+    window: int,
+    state: Any,
+    dim: int,
+) -> Iterator[tuple[Any, Any]]:
+    for parts in zip(*(s.split(window, dim) for s in sequences), strict=True):
+        result, state = step(*parts, state)
+        state = tree_map_only(Tensor, Tensor.detach, state)
+        yield result, state
