@@ -166,15 +166,37 @@ def test_a_row_is_the_same_in_any_batch(
 @needs_extension
 @dtypes
 @modes
-def test_a_sequence_is_the_same_in_any_packed_batch(mode: str, dtype: torch.dtype) -> None:
-    m = ours(Case(mode, 2, 2, True, "unsorted", False, False, 20, 9, 7, 33), dtype)
-    x, lengths = torch.randn(20, 9, 7, dtype=dtype), [20, 3, 1, 17, 20, 8, 2, 11, 5]
+@pytest.mark.parametrize(
+    "deterministic,lengths",
+    [(True, [20, 3, 1, 17, 20, 8, 2, 11, 5]), (False, [40, 16, 39, 40, 17, 23, 30])],
+)
+def test_a_sequence_is_the_same_in_any_packed_batch(
+    mode: str,
+    deterministic: bool,
+    lengths: list[int],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    T, B = max(lengths), len(lengths)
+    m = ours(Case(mode, 2, 2, True, "unsorted", False, False, T, B, 7, 33), dtype)
+    x, w = torch.randn(T, B, 7, dtype=dtype), torch.randn(T, B, 66, dtype=dtype)
+    x.requires_grad_()
+
+    def results(y: Tensor, final: Any, w: Tensor) -> tuple[list[Tensor], Tensor]:
+        states = tree_leaves(final)
+        loss = (y * w).sum() + sum(s.square().sum() for s in states)
+        return states, torch.autograd.grad(loss, x)[0]
+
     with fastrnn.use_backend("cpp"):
         output, final = m(x, lengths=lengths)
+        states, dx = results(output, final, w)
         for k, n in enumerate(lengths):
             alone, state = m(x[:n, k])
+            some, dx_alone = results(alone, state, w[:n, k])
             assert torch.equal(output[:n, k], alone) and not output[n:, k].any()
-            for a, b in zip(tree_leaves(final), tree_leaves(state), strict=True):
+            assert torch.equal(dx[:, k], dx_alone[:, k])
+            for a, b in zip(states, some, strict=True):
                 assert torch.equal(a[:, k], b)
 
 
@@ -281,6 +303,14 @@ def test_autocast(mode: str, dtype: torch.dtype, backend: str) -> None:
                     assert tree_leaves(m(x))[0].dtype is F32
                 assert tree_leaves(copy.deepcopy(m).double()(x.double()))[0].dtype is F64
             expected[0].sum().backward()
+            with torch.autocast("cpu", dtype):
+                for wrong in (x.cfloat(), x.int(), x > 0):
+                    with pytest.raises((RuntimeError, ValueError), match="dtype"):
+                        m(wrong)
+                    state = torch.zeros(1, 2, 4) if x.dim() == 3 else torch.zeros(2, 4)
+                    states = (state.to(wrong.dtype),) * len(CELLS[mode].states)
+                    with pytest.raises((RuntimeError, ValueError), match="dtype"):
+                        m(x, states if len(states) > 1 else states[0])
         for p, q in zip(m.parameters(), low.parameters(), strict=True):
             assert p.grad.dtype is F32
             torch.testing.assert_close(p.grad, 2 * q.grad.float(), rtol=2e-2, atol=1e-3)

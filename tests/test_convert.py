@@ -162,6 +162,19 @@ def test_what_is_left_is_named() -> None:
     assert [type(m) for m in model.values()] == [Own, nn.GRU, OwnOfOurs]
 
 
+def test_bases_and_own_methods_are_named() -> None:
+    hooked = nn.GRU(3, 4)
+    hooked.forward = hooked.forward
+    model = nn.ModuleDict({"a": nn.RNNBase("LSTM", 3, 4), "b": hooked})
+    with pytest.warns(
+        UserWarning, match=r"a \(RNNBase\) is a sub.*; b \(GRU\) has a forward method"
+    ):
+        fastrnn.convert(model)
+    assert [type(m) for m in model.values()] == [nn.RNNBase, nn.GRU]
+    with pytest.raises(TypeError, match="Module, got list"):
+        fastrnn.convert([nn.GRU(3, 4)])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_is_scripted_is_named() -> None:
     model = nn.Sequential(torch.jit.script(nn.LSTM(3, 4)))
@@ -188,4 +201,9 @@ def test_patched() -> None:
     assert {c.__name__: getattr(nn, c.__name__) for c in OURS} == before
     with pytest.raises(KeyError), fastrnn.patched():
         raise KeyError
+    first, second = fastrnn.patched(), fastrnn.patched()
+    for change in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+        change()
+        assert nn.LSTM is fastrnn.LSTM
+    second.__exit__(None, None, None)
     assert set(classes(Model()).values()) == set(OURS)

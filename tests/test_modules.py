@@ -397,14 +397,12 @@ def test_lengths(mode: str, given: Any, with_hx: bool, batch_first: bool) -> Non
             output = torch.stack(outputs, 0 if batch_first else 1)
             final = [torch.stack(s, 1) for s in zip(*finals, strict=True)]
         loss = output.sin().sum() + sum((s * s).sum() for s in final)
-        grads = []
+        all_leaves = [*leaves, *(m if own else judge).parameters()]
+        assert loss.requires_grad or not own
+        grads = [torch.zeros_like(t) for t in all_leaves]
         if loss.requires_grad:
-            all_leaves = [*leaves, *(m if own else judge).parameters()]
-            grads = torch.autograd.grad(loss, all_leaves, allow_unused=True)
-            grads = [
-                torch.zeros_like(t) if g is None else g
-                for g, t in zip(grads, all_leaves, strict=True)
-            ]
+            options = {"allow_unused": True, "materialize_grads": True}
+            grads = torch.autograd.grad(loss, all_leaves, **options)
         found.append([output, *final, *grads])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
@@ -416,6 +414,11 @@ def test_lengths_of_no_steps_or_sequences() -> None:
     output, final = m(torch.randn(0, 2, 3), hx, lengths=[0, 0])
     assert output.shape == (0, 2, 2)
     assert all(torch.equal(a, b) for a, b in zip(final, hx, strict=True))
+    assert final[0].data_ptr() != hx[0].data_ptr()
+    with torch.autocast("cpu", torch.bfloat16):
+        for lengths in ([0, 0], [0, 1]):
+            output, (h, c) = m(torch.randn(1, 2, 3), lengths=lengths)
+            assert output.dtype is h.dtype is c.dtype is torch.bfloat16
     output, (h, c) = m(torch.randn(4, 0, 3), lengths=[])
     assert output.shape == (4, 0, 2) and h.shape == (1, 0, 2) and c.shape == (1, 0, 5)
 
@@ -431,6 +434,7 @@ def test_lengths_of_no_steps_or_sequences() -> None:
         ([1.0, 2.0], TypeError, "integers"),
         ([True, False], TypeError, "integers"),
         ("ab", TypeError, "integers"),
+        (torch.ones(2, dtype=torch.complex128), TypeError, "integers"),
     ],
 )
 def test_wrong_lengths(lengths: Any, error: type[Exception], message: str) -> None:
@@ -831,6 +835,8 @@ def test_a_parametrization_is_evaluated_once_a_call() -> None:
     m.parametrizations.weight_hh_l0[0].register_forward_hook(lambda *_: calls.append(1))
     m(torch.randn(5, 2, 3))
     assert len(calls) == 1
+    m(torch.randn(5, 2, 3), lengths=[5, 0])
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -878,6 +884,28 @@ def test_inference_mode(mode: str) -> None:
     with torch.inference_mode():
         assert_same(mine(x), torchs(x))
         assert flat(mine(x))[0].is_inference()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("backend", runnable())
+@pytest.mark.parametrize("mode", MODES)
+def test_built_in_inference_mode_and_called_outside(mode: str, backend: str, frozen: bool) -> None:
+    for table, shape in ((LAYERS, (5, 2, 3)), (STEPS, (2, 3))):
+        with torch.inference_mode():
+            torch.manual_seed(0)
+            built = table[mode][0](3, 4)
+        torch.manual_seed(0)
+        judge, x = table[mode][0](3, 4), torch.randn(shape, requires_grad=True)
+        results = []
+        for m in (built, judge):
+            if frozen:
+                m.requires_grad_(False)
+            leaves = [x, *(() if frozen else m.parameters())]
+            with fastrnn.use_backend(backend):
+                outputs = flat(m(x))
+            results.append([*outputs, *torch.autograd.grad(sum(y.sum() for y in outputs), leaves)])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_arguments_by_name() -> None:

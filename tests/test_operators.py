@@ -13,7 +13,7 @@ from cases import LAYERS, STEPS, Case, assert_near, data, evaluate, layered, our
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -203,6 +203,22 @@ def exported(m: nn.Module, x: Tensor, dynamo: bool) -> Any:
     nodes = onnx.load_from_string(file.getvalue()).graph.node
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     return [node.op_type for node in nodes], session
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_a_packed_batch() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = fastrnn.LSTM(3, 4)
+
+        def forward(self, rows: Tensor, batch_sizes: Tensor) -> Tensor:
+            return self.lstm(PackedSequence(rows, batch_sizes))[0].data
+
+    m = Model()
+    traced = torch.jit.trace(m, (torch.randn(5, 3), torch.tensor([2, 2, 1])))
+    other = torch.randn(7, 3), torch.tensor([3, 2, 1, 1])
+    assert_close(traced(*other), m(*other))
 
 
 @onnx_export

@@ -287,3 +287,31 @@ def test_autocast_leaves_the_derivatives_of_derivatives(mode: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         (actual,) = torch.autograd.grad(g, x)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_padded_batch_with_lengths(mode: str) -> None:
+    """Under every transform what sequences without the rest give."""
+    m, lengths = LAYERS[mode][0](3, 4, dtype=F64), [5, 0, 3]
+    x, t = torch.randn(2, 5, 3, 3, dtype=F64).unbind()
+
+    def f(x: Tensor) -> Tensor:
+        output, final = m(x, lengths=lengths)
+        return output.square().sum() + sum(s.square().sum() for s in tree_leaves(final))
+
+    def alone(x: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=F64)
+        for k, n in enumerate(lengths):
+            if n:
+                output, final = m(x[:n, k])
+                total = total + output.square().sum()
+                total = total + sum(s.square().sum() for s in tree_leaves(final))
+        return total
+
+    torch.testing.assert_close(grad(f)(x), grad(alone)(x))
+    torch.testing.assert_close(jvp(f, (x,), (t,)), jvp(alone, (x,), (t,)))
+    torch.testing.assert_close(hessian(f)(x), hessian(alone)(x))
+    xs = torch.stack([x, t])
+    torch.testing.assert_close(vmap(grad(f))(xs), torch.stack([grad(alone)(x) for x in xs]))
+    with pytest.raises(RuntimeError, match="lengths that are the same for all samples"):
+        vmap(lambda x, n: m(x, lengths=n)[0])(xs, torch.tensor([lengths, lengths]))

@@ -138,13 +138,19 @@ LIMITS = {
 BUCKETS = (64, 128, 256, 512, 1024, 2048)
 """Hidden sizes up to which a row of the table reaches; there are no kernels beyond the last."""
 
-# Modes that differ in a function of one argument share their plans.
+# Modes that differ in a function of one argument share their plans, but for rows of their own.
 _FAMILY = {"RNN_TANH": "RNN", "RNN_RELU": "RNN", "GRU": "GRU", "LSTM": "LSTM"}
 MODES = tuple(_FAMILY)
 
 
-def family(mode: str) -> str | None:
-    return _FAMILY.get(mode)
+def shares(mode: str) -> bool:
+    """Whether the mode only has rows of its own where those of its family do not hold for it."""
+    return mode == "RNN_RELU"
+
+
+def names(mode: str) -> tuple[str, ...]:
+    """Under which names the plan table may have a mode's row; the first that it has is the one."""
+    return (mode, _FAMILY[mode]) if mode in _FAMILY else ()
 
 
 def precision(dtype: torch.dtype, hip: bool) -> str:
@@ -175,8 +181,15 @@ def find(
     if most >= H:
         H = min(most, H + -(-proj_size // gates))
     bucket = next((b for b in BUCKETS if b >= H), None)
-    plans: Plans | None = TABLE.get((architecture, family(mode), precision, bucket))
-    return plans
+    rows = (TABLE.get((architecture, name, precision, bucket)) for name in names(mode))
+    return next((plans for plans in rows if plans), None)
+
+
+def has_own_row(architecture: str, mode: str, precision: str, bucket: int) -> bool:
+    """Whether a row of the table is for this mode alone, or for all that share it."""
+    from fastrnn.kernels.triton.table import TABLE
+
+    return not shares(mode) or (architecture, mode, precision, bucket) in TABLE
 
 
 class Device(NamedTuple):

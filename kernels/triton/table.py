@@ -1,6 +1,7 @@
 """The plan table, as ``python -m fastrnn aot --search`` printed it.
 
-By architecture, family of cells, precision, and the largest hidden size of the row.
+By architecture, cell or family of cells, precision, and the largest hidden size of the row. Where a
+cell has a row of its own, it comes before its family's.
 """
 
 from fastrnn.kernels.triton.plans import Plans, program, resident, streaming
@@ -24,6 +25,10 @@ TABLE: dict[tuple[str, str | None, str, int | None], Plans] = {
     ("cuda:80", "RNN", "ieee", 512): Plans(resident(64, 32, 1, 4), resident(64, 32, 1, 4)),
     ("cuda:80", "RNN", "ieee", 1024): Plans(streaming(64, 32, 1, 4), streaming(64, 32, 1, 4)),
     ("cuda:80", "RNN", "ieee", 2048): Plans(streaming(128, 32, 1, 8), streaming(128, 32, 1, 8)),
+    ("cuda:80", "RNN_RELU", "ieee", 64): Plans(program(8), program(4)),
+    ("cuda:80", "RNN_RELU", "ieee", 128): Plans(resident(64, 32, 1, 4), streaming(64, 32, 1, 4)),
+    ("cuda:80", "RNN_RELU", "ieee", 256): Plans(resident(64, 32, 1, 4), streaming(64, 32, 1, 4)),
+    ("cuda:80", "RNN_RELU", "ieee", 512): Plans(resident(64, 32, 1, 4), streaming(64, 32, 1, 4)),
     ("cuda:80", "GRU", "16-bit", 64): Plans(program(8), program(8)),
     ("cuda:80", "GRU", "16-bit", 128): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
     ("cuda:80", "GRU", "16-bit", 256): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
@@ -78,6 +83,10 @@ TABLE: dict[tuple[str, str | None, str, int | None], Plans] = {
     ("cuda:90", "RNN", "ieee", 512): Plans(resident(64, 16, 1, 4), resident(64, 32, 1, 4)),
     ("cuda:90", "RNN", "ieee", 1024): Plans(streaming(64, 32, 1, 4), streaming(64, 32, 1, 4)),
     ("cuda:90", "RNN", "ieee", 2048): Plans(streaming(128, 32, 1, 8), streaming(128, 16, 1, 8)),
+    ("cuda:90", "RNN_RELU", "ieee", 64): Plans(program(8), program(4)),
+    ("cuda:90", "RNN_RELU", "ieee", 128): Plans(resident(64, 32, 1, 4), streaming(64, 32, 1, 4)),
+    ("cuda:90", "RNN_RELU", "ieee", 256): Plans(resident(64, 32, 1, 4), streaming(64, 32, 1, 4)),
+    ("cuda:90", "RNN_RELU", "ieee", 512): Plans(resident(64, 16, 1, 4), streaming(64, 32, 1, 4)),
     ("cuda:90", "GRU", "16-bit", 64): Plans(program(8), program(8)),
     ("cuda:90", "GRU", "16-bit", 128): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
     ("cuda:90", "GRU", "16-bit", 256): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
@@ -132,6 +141,8 @@ TABLE: dict[tuple[str, str | None, str, int | None], Plans] = {
     ("cuda:100", "RNN", "ieee", 512): Plans(resident(64, 32, 1, 8), resident(64, 32, 1, 8)),
     ("cuda:100", "RNN", "ieee", 1024): Plans(streaming(64, 16, 1, 4), streaming(64, 16, 1, 4)),
     ("cuda:100", "RNN", "ieee", 2048): Plans(streaming(128, 16, 1, 8), streaming(128, 16, 1, 8)),
+    ("cuda:100", "RNN_RELU", "tf32", 256): Plans(resident(64, 32, 1, 4), resident(64, 32, 1, 8)),
+    ("cuda:100", "RNN_RELU", "ieee", 128): Plans(resident(64, 32, 1, 4), resident(64, 32, 1, 8)),
     ("cuda:100", "GRU", "16-bit", 64): Plans(program(8), program(8)),
     ("cuda:100", "GRU", "16-bit", 128): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
     ("cuda:100", "GRU", "16-bit", 256): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),

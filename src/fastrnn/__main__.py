@@ -93,12 +93,13 @@ def _largest(requests: list[Request], jobs: int) -> int:
 def _plans(requests: list[Request], jobs: int) -> int:
     """Print rows of ``kernels/triton/table.py`` with the first plans that hold every budget."""
     from fastrnn.kernels.triton import aot
-    from fastrnn.kernels.triton.plans import family
+    from fastrnn.kernels.triton.plans import names, shares
 
     found = list(_each(aot.search, requests, jobs, "searching"))
     for k in range(0, len(found), 2):
         request = requests[k]
-        key = (request.architecture, family(request.mode), request.precision, request.H)
+        name = names(request.mode)[0 if shares(request.mode) else -1]
+        key = (request.architecture, name, request.precision, request.H)
         print(f"    {key}: Plans({found[k]}, {found[k + 1]}),".replace("'", '"'))
     return int(None in found)
 
@@ -183,7 +184,7 @@ def _info() -> int:
 
 
 def main() -> int:
-    from fastrnn.kernels.triton.plans import BUCKETS, LIMITS, MODES, program
+    from fastrnn.kernels.triton.plans import BUCKETS, LIMITS, MODES, has_own_row, program, shares
 
     parser = argparse.ArgumentParser("python -m fastrnn", description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
@@ -227,8 +228,7 @@ def main() -> int:
         from fastrnn.kernels.triton.aot import OPTIONS, PASSES, PRECISIONS, Request, requests
     except ImportError as error:
         parser.error(f"aot needs triton: {error}")
-    # RNN_RELU has RNN_TANH's plans.
-    targets, modes = args.target or list(LIMITS), args.cell or [m for m in MODES if m != "RNN_RELU"]
+    targets, modes = args.target or list(LIMITS), args.cell or list(MODES)
     products = args.products or list(PRECISIONS)
     options = [frozenset(o) for o in args.options] or [frozenset[str]()]
     every = sorted(frozenset[str]().union(*options))
@@ -249,6 +249,7 @@ def main() -> int:
             Request(target, mode, precision, H, which, program(4))
             for target in targets
             for mode in modes
+            if args.cell or not shares(mode)
             for precision in products
             if not (target.startswith("hip") and precision == "tf32")
             for H in BUCKETS
@@ -257,6 +258,8 @@ def main() -> int:
         return _plans(asked, args.jobs)
     show = _largest if args.largest else _table
     asked = [r for o in options for r in requests(targets, modes, products, o)]
+    if not args.cell:
+        asked = [r for r in asked if has_own_row(r.architecture, r.mode, r.precision, r.H)]
     return show(asked, args.jobs)
 
 

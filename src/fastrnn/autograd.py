@@ -23,7 +23,7 @@ from fastrnn.backends import Backend
 from fastrnn.cells import Cell, State, Weights
 from fastrnn.operators import recording, tracing
 
-__all__ = ["layer", "transformed"]
+__all__ = ["layer", "transformed", "unwrapped"]
 
 PER_DIRECTION = len(Weights.__args__)  # type: ignore[attr-defined]
 
@@ -52,9 +52,17 @@ def layer(
     in_transform = transformed()
     if in_transform or _differentiable(x, weights, state):
         if in_transform and batch_sizes is not None:
-            batch_sizes = _unwrapped(batch_sizes)
+            batch_sizes = unwrapped("batch_sizes", batch_sizes)
         call = _Call(backend, cell, batch_sizes, batch, len(weights))
-        out, _, *final = _Layer.apply(call, x, *chain(*weights), *(state or ()))
+        tensors: list[Any] = [x, *chain(*weights), *(state or ())]
+        try:
+            out, _, *final = _Layer.apply(call, *tensors)
+        except RuntimeError:
+            # What was made in inference mode cannot be saved, but copied it can.
+            if not any(t is not None and t.is_inference() for t in tensors):
+                raise
+            tensors = [t.clone() if t is not None and t.is_inference() else t for t in tensors]
+            out, _, *final = _Layer.apply(call, *tensors)
         return out, tuple(final)
     out, final_state, _ = backend.forward(cell, x, weights, state, batch_sizes, batch, save=False)
     return out, final_state
@@ -80,14 +88,18 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def _unwrapped(batch_sizes: Tensor) -> Tensor:
-    """Without what transforms wrap tensors in that are made inside them."""
+def unwrapped(name: str, numbers: Tensor) -> Tensor:
+    """Without what transforms wrap tensors in that are made inside them.
+
+    Raises:
+        RuntimeError: the numbers are not the same for all samples of vmap.
+    """
     functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(batch_sizes):
-        if functorch.is_batchedtensor(batch_sizes):
-            raise RuntimeError("expected batch_sizes that are the same for all samples of vmap")
-        batch_sizes = functorch.get_unwrapped(batch_sizes)
-    return batch_sizes
+    while functorch.is_functorch_wrapped_tensor(numbers):
+        if functorch.is_batchedtensor(numbers):
+            raise RuntimeError(f"expected {name} that are the same for all samples of vmap")
+        numbers = functorch.get_unwrapped(numbers)
+    return numbers
 
 
 def _differentiable(x: Tensor, weights: Sequence[Weights], state: State | None) -> bool:

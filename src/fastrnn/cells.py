@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -116,6 +117,10 @@ class Cell:
     def saved_slots(self, projected: bool) -> int:
         """Values per unit and step that a driver keeps: ``v``, ``s[1:]``, and m if projected."""
         return len(self.saved) + len(self.states) - 1 + projected
+
+    def zero_state(self, like: Tensor, leading: Sequence[Any], H: int, P: int) -> State:
+        """The state that stands for none, ``[*leading, P or H]`` each, like a tensor."""
+        return tuple(like.new_zeros(*leading, H if k else P) for k in self.state_range)
 
 
 CELLS: dict[str, Cell] = {}

@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 def convert(model: nn.Module) -> nn.Module:
     """Make every recurrent module and cell of torch.nn in ``model`` one of fastrnn's, in place.
+
+    These are ``model`` and its registered submodules at any depth.
 
     Returns:
         ``model`` itself.
@@ -84,7 +87,9 @@ def _exchanged(
         if parametrize.is_parametrized(module):  # which gave it a class of its own
             own = own.__bases__[0]
         why = None
-        if own in classes:
+        if own in classes and "forward" in vars(module):
+            why = "has a forward method of its own"
+        elif own in classes:
             _become(module, classes[own])
         elif isinstance(module, torch.jit.ScriptModule):
             if module.original_name in (c.__name__ for c in classes):
@@ -92,7 +97,7 @@ def _exchanged(
         elif isinstance(module, ours):
             if classes is _THEIRS:
                 why = "is a subclass, or has a cell that torch lacks"
-        elif isinstance(module, tuple(classes)):
+        elif classes is _OURS and isinstance(module, nn.RNNBase | nn.RNNCellBase):
             why = "is a subclass, which may rely on what torch's does inside"
         if why:
             left.append(f"{name or 'the model'} ({type(module).__name__}) {why}")
@@ -118,7 +123,9 @@ def _become(module: nn.Module, new: type[nn.Module]) -> None:
 def patched() -> Iterator[None]:
     """Make ``torch.nn.LSTM`` and its siblings fastrnn's inside the block, for others' code.
 
-    What has imported them by name before keeps torch's. The block holds for all threads.
+    What has imported them by name before keeps torch's. The block holds for all threads, and blocks
+    may overlap. Inside it torch's layers made before cannot be pickled, nor are they instances of
+    what ``torch.nn.LSTM`` is there.
 
     >>> import torch, fastrnn
     >>> with fastrnn.patched():
@@ -126,15 +133,21 @@ def patched() -> Iterator[None]:
     >>> type(model[0])
     <class 'fastrnn.modules.LSTM'>
     """
-    places = [
-        (place, theirs, ours)
-        for theirs, ours in _OURS.items()
-        for place in (nn, nn.modules, nn.modules.rnn)
-    ]
+    _patch(+1)
     try:
-        for place, theirs, ours in places:
-            setattr(place, theirs.__name__, ours)
         yield
     finally:
-        for place, theirs, _ in places:
-            setattr(place, theirs.__name__, theirs)
+        _patch(-1)
+
+
+_blocks = 0
+_lock = threading.Lock()
+
+
+def _patch(change: int) -> None:
+    global _blocks
+    with _lock:
+        _blocks += change
+        for theirs, ours in _OURS.items():
+            for place in (nn, nn.modules, nn.modules.rnn):
+                setattr(place, theirs.__name__, ours if _blocks else theirs)

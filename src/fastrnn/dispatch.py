@@ -98,6 +98,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     ...     output, h_n = fastrnn.GRU(3, 4)(torch.randn(5, 2, 3))
     """
     if name is not None:
+        if name not in BACKENDS:  # which need not be something to remember
+            raise ValueError(_unknown(name))
         _require(name, load(name).missing())
     token = _context.set(name)
     try:

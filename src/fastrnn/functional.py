@@ -49,7 +49,7 @@ def rnn(
             zeroed, if ``training``.
         backend: name of the backend; None for the choice of :mod:`fastrnn.dispatch`.
 
-    Under autocast everything but float64 is first cast to its dtype.
+    Under autocast all of real floating-point dtypes but float64 is first cast to autocast's dtype.
 
     Returns:
         The output ``[T, B, D*P]`` (packed: ``[N, D*P]``) and the final state, shaped like ``hx``.
@@ -132,14 +132,18 @@ def step(
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """What autocast runs a layer in, here and now; None if it leaves the input as it is."""
-    if not torch._C._is_any_autocast_enabled() or input.dtype is torch.float64:
+    if not torch._C._is_any_autocast_enabled() or not _castable(input):
         return None
     device = input.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def _castable(t: Tensor) -> bool:
+    return t.dtype.is_floating_point and t.dtype is not torch.float64
+
+
 def _to(dtype: torch.dtype, tensors: Sequence[Any]) -> Any:
-    return tuple([t if t is None else t.to(dtype) for t in tensors])
+    return tuple([t.to(dtype) if t is not None and _castable(t) else t for t in tensors])
 
 
 def sizes_of(

@@ -15,11 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import functional, onnx
+from fastrnn.autograd import transformed, unwrapped
 from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.dispatch import Choice, choose
+from fastrnn.rows import live
 
 __all__ = [
     "GRU",
@@ -258,49 +260,46 @@ class RNNBase(nn.RNNBase):
         if not isinstance(input, Tensor) or input.dim() != 3:
             got = f"{input.dim()}D" if isinstance(input, Tensor) else type(input).__name__
             raise ValueError(f"{self._name}: Expected a 3D tensor with lengths, got {got}")
-        cell, first = self._cell, self.batch_first
-        time, batch = (1, 0) if first else (0, 1)
-        T, B = input.shape[time], input.shape[batch]
+        cell, weights = self._cell, self._weights()
+        T, B = input.shape[:2] if not self.batch_first else input.shape[1::-1]
         counts = _checked_lengths(lengths, T, B)
-        self._check_input(input, self._weights()[0][0][0])
+        self._check_input(input, weights[0][0][0])
+        # Nothing below checks what belongs to sequences without a step.
+        functional.check_like("input", input, input)
+        dtype = functional.autocast_dtype(input)
         state = None
         if hx is not None:
             state = self._check_rank(cell, hx, 3)
             self._check_state(cell, state, B)
-        # Nothing below checks what belongs to sequences without a step.
-        functional.check_like("input", input, input)
-        for s in () if functional.autocast_dtype(input) else state or ():
-            functional.check_like("initial state", s, input)
-        some = counts.nonzero().squeeze(1)
-        if len(some) == B > 0:
-            return self._forward_some(input, state, counts)
-        # What the sequences without a step have.
+            for s in () if dtype else state:
+                functional.check_like("initial state", s, input)
         P, H, D = self.proj_size or self.hidden_size, self.hidden_size, 1 + bool(self.bidirectional)
-        output = input.new_zeros(B, T, D * P) if first else input.new_zeros(T, B, D * P)
-        if state is None:
-            sizes = (H if k else P for k in cell.state_range)
-            state = tuple(input.new_zeros(self.num_layers * D, B, n) for n in sizes)
-        if len(some):
-            index = some.to(input.device)
-            given = _permute(state, index)
-            y, final = self._forward_some(input.index_select(batch, index), given, counts[some])
-            output = output.to(y.dtype).index_copy(batch, index, y)
-            state = tuple(
-                s.to(f.dtype).index_copy(1, index, f)
-                for s, f in zip(state, _as_state(cell, final), strict=True)
+        rows = input.flatten(0, 1)
+        final = state or cell.zero_state(input, (self.num_layers * D, B), H, P)
+        if counts.any():
+            some, batch_sizes, places = live(counts, T, self.batch_first)
+            some, places = some.to(input.device), places.to(input.device)
+            y, new = functional.rnn(
+                cell,
+                rows.index_select(0, places),
+                weights,
+                None if state is None else tuple(s.index_select(1, some) for s in state),
+                batch_sizes=batch_sizes,
+                dropout=self.dropout,
+                training=self.training,
             )
-        return output, state if len(state) > 1 else state[0]
-
-    def _forward_some(
-        self, input: Tensor, state: State | None, counts: Tensor
-    ) -> tuple[Tensor, Any]:
-        """A padded batch of sequences that have a step."""
-        packed = pack_padded_sequence(input, counts, self.batch_first, enforce_sorted=False)
-        hx = state if state is None or len(state) > 1 else state[0]
-        packed, final = self._forward_packed(self._cell, self._weights(), packed, hx)
-        T = input.shape[1 if self.batch_first else 0]
-        output, _ = pad_packed_sequence(packed, self.batch_first, total_length=T)
-        return output, final
+            final = tuple(
+                s.to(n.dtype).index_copy(1, some, n) for s, n in zip(final, new, strict=True)
+            )
+            output = y.new_zeros(T * B, D * P).index_copy(0, places, y)
+        else:
+            output = rows.new_zeros(T * B, D * P, dtype=dtype)
+            final = tuple(s.to(output.dtype, copy=True) for s in final)
+            # Everything has a gradient, and it is zero.
+            for t in (input, *(w for layer in weights for each in layer for w in each)):
+                output = output if t is None else output + t.flatten()[:0].sum().to(output.dtype)
+        output = output.unflatten(0, input.shape[:2])
+        return output, final if len(final) > 1 else final[0]
 
     @property
     def _name(self) -> str:
@@ -420,12 +419,14 @@ def _as_state(cell: Cell, hx: Any) -> State:
 def _checked_lengths(lengths: Any, T: int, B: int) -> Tensor:
     """``lengths`` on the CPU, where packing wants them."""
     try:
-        counts = torch.as_tensor(lengths, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
+        counts = torch.as_tensor(lengths)
+        if transformed():
+            counts = unwrapped("lengths", counts)
+        counts = counts.cpu()
+    except (TypeError, ValueError) as error:
         raise TypeError(f"expected lengths to be a tensor or a list of integers: {error}") from None
-    if counts.numel() and (
-        counts.is_floating_point() or counts.dtype in (torch.bool, torch.cfloat)
-    ):
+    whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    if counts.numel() and counts.dtype not in whole:
         raise TypeError(f"expected lengths of integers, got {counts.dtype}")
     if counts.shape != (B,):
         raise ValueError(f"expected lengths of shape [{B}], got {list(counts.shape)}")

@@ -64,10 +64,11 @@ def layer(
         return onnx.layer(cell, x, weights, state)
     _, w_hh, b_ih, _, w_hr = weights[0]
     if batch_sizes is not None and state is None:
-        # Nothing else tells how many sequences there are, without a look at numbers.
-        D, H = len(weights), w_hh.shape[0] // len(cell.gates)
-        sizes = (H if k else w_hh.shape[1] for k in cell.state_range)
-        state = tuple(x.new_zeros(D, batch, n) for n in sizes)
+        # Nothing else tells how many sequences there are, without a look at numbers. A trace is to
+        # look itself.
+        sequences = batch_sizes[0] if tracing() else batch
+        H, P = w_hh.shape[0] // len(cell.gates), w_hh.shape[1]
+        state = cell.zero_state(x, (len(weights), sequences), H, P)
     there = [w for w in chain(*weights) if w is not None]
     out, _, *final = torch.ops.fastrnn.layer(
         backend,

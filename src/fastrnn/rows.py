@@ -10,7 +10,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["previous", "steps"]
+__all__ = ["live", "previous", "steps"]
+
+
+def live(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The packed batch in a padded one of sequences of so many steps, of T at most.
+
+    Returns:
+        The sequences that have a step, longest first; ``batch_sizes``; and of each packed row the
+        place among the rows of the padded batch, ``[T * B]`` or ``[B * T]``.
+    """
+    ends, order = lengths.sort(descending=True, stable=True)
+    alive = torch.arange(T, device="cpu").unsqueeze(1) < ends
+    t, r = alive.nonzero(as_tuple=True)
+    b = order[r]
+    batch_sizes = alive.sum(1)[: int(ends[0])]
+    return (
+        order[: int(batch_sizes[0])],
+        batch_sizes,
+        b * T + t if batch_first else t * len(lengths) + b,
+    )
 
 
 def steps(N: int, batch: int, batch_sizes: Tensor | None, reverse: bool) -> list[slice]:

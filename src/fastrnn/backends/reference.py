@@ -88,8 +88,7 @@ def forward(
     projected = weights[0][4] is not None
     directions = len(leading) == 2 or batch_sizes is not None
     if state is None:
-        shape = (D, batch) if directions else (batch,)
-        state = tuple(x.new_zeros(*shape, H if k else P) for k in cell.state_range)
+        state = cell.zero_state(x, (D, batch) if directions else (batch,), H, P)
     outs, finals, kept = [], [], []
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
         gates_x = F.linear(x, w_ih, b_ih).view(N, G, H)

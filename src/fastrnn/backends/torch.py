@@ -79,7 +79,7 @@ def rnn(
     P = directions[0][1].shape[1]
     if hx is None:
         H = directions[0][1].shape[0] // len(cell.gates)
-        hx = tuple(input.new_zeros(len(directions), batch, H if k else P) for k in cell.state_range)
+        hx = cell.zero_state(input, (len(directions), batch), H, P)
     states = hx if len(hx) > 1 else hx[0]
     options = (directions[0][2] is not None, len(weights), dropout, training, len(weights[0]) == 2)
     if batch_sizes is None:
@@ -95,6 +95,6 @@ def step(cell: Cell, input: Tensor, hx: State | None, weights: Weights) -> State
     one_thread_in_a_child()
     w_ih, w_hh, b_ih, b_hh, _ = weights
     if hx is None:
-        hx = tuple(input.new_zeros(input.shape[0], w_hh.shape[1]) for _ in cell.state_range)
+        hx = cell.zero_state(input, input.shape[:1], w_hh.shape[1], w_hh.shape[1])
     result = _STEP[cell.mode](input, hx if len(hx) > 1 else hx[0], w_ih, w_hh, b_ih, b_hh)
     return (result,) if isinstance(result, Tensor) else tuple(result)
