@@ -513,7 +513,13 @@ class Fuzz:
 
     def call(self) -> Callable[[], Any]:
         kinds = (self.layer, self.cell, self.constructor, self.function)
-        return self.draw.choices(kinds, (6, 3, 1, 1))[0]()
+        call, autocast = self.draw.choices(kinds, (6, 3, 1, 1))[0](), self.once_in(6)
+
+        def under() -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return call()
+
+        return under
 
 
 @pytest.mark.filterwarnings("ignore")

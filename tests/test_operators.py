@@ -237,6 +237,26 @@ def test_onnx_has_the_operator_itself(mode: str, dynamo: bool) -> None:
 
 @onnx_export
 @needs_dynamo_exporter
+@pytest.mark.parametrize("mode", ["GRU", "LSTM"])
+def test_onnx_has_the_layout_and_the_state(mode: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = LAYERS[mode][0](3, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            h = x[:, :4, 0].t().unsqueeze(2) * torch.ones(4)
+            return self.layers(x, (h[:1], h[1:2]) if mode == "LSTM" else h[:1])
+
+    m = Model().eval()
+    _, session = exported(m, torch.randn(2, 5, 3), True)
+    x = torch.randn(3, 7, 3)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(list(map(torch.from_numpy, found)), tree_leaves(m(x)))
+
+
+@onnx_export
+@needs_dynamo_exporter
 @pytest.mark.parametrize("mode", MODES)
 def test_onnx_has_a_cell_as_one_step(mode: str) -> None:
     m = STEPS[mode][0](3, 4)
