@@ -91,6 +91,8 @@ def main() -> int:
     parser.add_argument("seconds", nargs="?", type=float, default=300.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.seconds < 30:
+        parser.error(f"expected 30 seconds or more, got {args.seconds:g}")
     pick = random.Random(args.seed)
     torch.manual_seed(args.seed)
     memory: list[tuple[float, int]] = []
