@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import LAYERS, STEPS, Case, assert_near, data, evaluate, layered, ours, run_python
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode

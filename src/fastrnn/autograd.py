@@ -41,18 +41,17 @@ def layer(
 
     With no gradient to compute, no Function is entered and nothing is saved.
     """
-    recorded = recording()
-    if forward_ad._current_level >= 0 or (recorded and transformed()):
+    recorded, in_transform = recording(), transformed()
+    if in_transform and not recorded and batch_sizes is not None:
+        batch_sizes = unwrapped("batch_sizes", batch_sizes)
+    if forward_ad._current_level >= 0 or (recorded and in_transform):
         return _plain(cell, x, weights, state, batch_sizes, batch)
     if recorded:
         # A trace may be trained, and is compared with one that is made without gradients.
         save = tracing() or _differentiable(x, weights, state)
         name = backend.__name__.rpartition(".")[2]
         return operators.layer(name, cell, x, weights, state, batch_sizes, batch, save)
-    in_transform = transformed()
     if in_transform or _differentiable(x, weights, state):
-        if in_transform and batch_sizes is not None:
-            batch_sizes = unwrapped("batch_sizes", batch_sizes)
         call = _Call(backend, cell, batch_sizes, batch, len(weights))
         tensors: list[Any] = [x, *chain(*weights), *(state or ())]
         try:
