@@ -37,7 +37,8 @@ def steps(N: int, batch: int, batch_sizes: Tensor | None, reverse: bool) -> list
     if batch_sizes is None:
         sizes = [batch] * (N // batch if batch else 0)
     else:
-        sizes = batch_sizes.tolist()
+        # Not tolist(), which torch 2.6 refuses inside a transform.
+        sizes = [int(n) for n in batch_sizes.unbind()]
     slices, offset = [], 0
     for n in sizes:
         slices.append(slice(offset, offset + n))
