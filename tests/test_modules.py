@@ -442,12 +442,20 @@ def test_lengths_of_no_steps_or_sequences() -> None:
         ([1.0, 2.0], TypeError, "integers"),
         ([True, False], TypeError, "integers"),
         ("ab", TypeError, "integers"),
+        ([2**70, 1], TypeError, "integers"),
         (torch.ones(2, dtype=torch.complex128), TypeError, "integers"),
     ],
 )
 def test_wrong_lengths(lengths: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fastrnn.GRU(3, 4)(torch.randn(5, 2, 3), lengths=lengths)
+
+
+def test_lengths_under_another_default_device() -> None:
+    m, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    expected = m(x, lengths=[5, 3])[0]
+    with torch.device("meta"):
+        assert torch.equal(m(x, lengths=[5, 3])[0], expected)
 
 
 def test_lengths_want_a_padded_batch() -> None:

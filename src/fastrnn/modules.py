@@ -419,12 +419,13 @@ def _as_state(cell: Cell, hx: Any) -> State:
 def _checked_lengths(lengths: Any, T: int, B: int) -> Tensor:
     """``lengths`` on the CPU, where packing wants them."""
     try:
-        counts = torch.as_tensor(lengths)
-        if transformed():
-            counts = unwrapped("lengths", counts)
-        counts = counts.cpu()
-    except (TypeError, ValueError) as error:
+        # A list would land on the default device.
+        counts = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"expected lengths to be a tensor or a list of integers: {error}") from None
+    if transformed():
+        counts = unwrapped("lengths", counts)
+    counts = counts.cpu()
     whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     if counts.numel() and counts.dtype not in whole:
         raise TypeError(f"expected lengths of integers, got {counts.dtype}")
