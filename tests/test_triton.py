@@ -619,3 +619,11 @@ def test_missing_order_is_found(target: str, site: str, tmp_path: Any) -> None:
     whole, whole_reverse, mutant, mutant_reverse = run.stdout.splitlines()
     assert whole == whole_reverse == ""
     assert lacking in mutant and lacking in mutant_reverse
+
+
+def test_a_cells_own_row_comes_before_its_familys() -> None:
+    tanh, relu = (plans.find("cuda:80", mode, "ieee", 128) for mode in ("RNN_TANH", "RNN_RELU"))
+    assert tanh.forward == relu.forward and tanh.backward != relu.backward
+    assert plans.find("cuda:80", "RNN_RELU", "tf32", 128) == plans.find(
+        "cuda:80", "RNN_TANH", "tf32", 128
+    )

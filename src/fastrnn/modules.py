@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 
 import torch
 from torch import Tensor, nn
@@ -442,6 +442,16 @@ def _permute(state: State, permutation: Tensor | None) -> State:
     return tuple(s.index_select(1, permutation) for s in state)
 
 
+_Parameters = ParamSpec("_Parameters")
+
+
+def _without_mode(
+    base: Callable[Concatenate[Any, str, _Parameters], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, _Parameters], None]]:
+    """Tells type checkers that a constructor takes what its base's does after the mode."""
+    return lambda own: own
+
+
 class RNN(RNNBase):
     r"""Elman network, as :class:`torch.nn.RNN`.
 
@@ -543,26 +553,9 @@ class LSTM(RNNBase):
     (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
     """
 
-    if TYPE_CHECKING:  # torch's own constructor takes anything, too, and has errors of its own
-
-        def __init__(
-            self,
-            input_size: int,
-            hidden_size: int,
-            num_layers: int = 1,
-            bias: bool = True,
-            batch_first: bool = False,
-            dropout: float = 0.0,
-            bidirectional: bool = False,
-            proj_size: int = 0,
-            device: Any = None,
-            dtype: torch.dtype | None = None,
-        ) -> None: ...
-
-    else:
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__("LSTM", *args, **kwargs)
+    @_without_mode(RNNBase.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
 
 
 class GRU(RNNBase):
@@ -583,26 +576,10 @@ class GRU(RNNBase):
     (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
 
-    if TYPE_CHECKING:  # torch's own constructor takes anything, too, and has errors of its own
-
-        def __init__(
-            self,
-            input_size: int,
-            hidden_size: int,
-            num_layers: int = 1,
-            bias: bool = True,
-            batch_first: bool = False,
-            dropout: float = 0.0,
-            bidirectional: bool = False,
-            device: Any = None,
-            dtype: torch.dtype | None = None,
-        ) -> None: ...
-
-    else:
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            _refuse_projection(kwargs)
-            super().__init__("GRU", *args, **kwargs)
+    @_without_mode(RNNBase.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_projection(kwargs)
+        super().__init__("GRU", *args, **kwargs)
 
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:
