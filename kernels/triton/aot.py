@@ -229,7 +229,7 @@ def _products(request: Request, one: launch.Launch) -> int:
     first = c["PART"] in ("both", "cell" if forward else "product")
     second = c["PROJECTED"] and c["PART"] in ("both", "projection" if forward else "cell")
     # Columns and K of the products with W_hh and W_hr.
-    columns = (c["BH"] * c["SLOTS"], c["BP"]) if forward else (c["BP"], c["BH"])
+    columns = (c["BH"] * request.cell.slots, c["BP"]) if forward else (c["BP"], c["BH"])
     if c["SYNC"] == "program":
         depths = (c["BP"], c["BH"]) if forward else (G * c["BH"], c["BP"])
     elif c["RESIDENT"]:

@@ -11,27 +11,49 @@ Where a cell saves nothing, ``v`` is h, which nobody stores.
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
+
+
+@triton.jit
+def exp2(x):
+    """One instruction, of which a subnormal result is zero; tl.exp2 takes care not to lose it."""
+    if is_cuda():
+        y = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
+    else:
+        y = tl.exp2(x)
+    return y
+
+
+@triton.jit
+def reciprocal(x):
+    if is_cuda():
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
+    else:
+        y = 1.0 / x
+    return y
 
 
 @triton.jit
 def tanh(x):
-    # e^-2|x| loses the digits of a small x: there a polynomial (Cephes tanhf).
+    # The difference loses the digits of a small x: there a polynomial (Cephes tanhf).
     z = x * x
     p = -5.70498872745e-3 * z + 2.06390887954e-2
     p = p * z - 5.37397155531e-2
     p = p * z + 1.33314422036e-1
     p = p * z - 3.33332819422e-1
-    e = tl.exp(-2.0 * tl.abs(x))
-    y = (1.0 - e) / (1.0 + e)
-    return tl.where(z < 0.390625, p * z * x + x, tl.where(x < 0, -y, y))
+    # 2 / log(2)
+    y = 1.0 - 2.0 * reciprocal(1.0 + exp2(2.8853900817779268 * x))
+    return tl.where(z < 0.390625, p * z * x + x, y)
 
 
 @triton.jit
 def sigmoid(x):
-    # The exponential of a negative number cannot overflow.
-    e = tl.exp(-tl.abs(x))
-    y = 1.0 / (1.0 + e)
-    return tl.where(x < 0, e * y, y)
+    # -1 / log(2). An infinite power is right too: its reciprocal is zero.
+    return reciprocal(1.0 + exp2(-1.4426950408889634 * x))
 
 
 @triton.jit

@@ -48,14 +48,9 @@ INTERPRETED = isinstance(sequence.forward, InterpretedFunction)
 """Whether the kernels were defined under TRITON_INTERPRET=1."""
 
 
-def _by_unit(cell: Cell, w: Tensor, part: str) -> Tensor:
-    """Rows ``[G, H]`` of a weight or bias as rows ``[H, slots]``; zero where x or h has no part."""
-    shared, apart = cell.shared, len(cell.gates) - cell.shared
-    gates = w.reshape(len(cell.gates), -1, *w.shape[1:])
-    if apart:
-        none = gates.new_zeros(apart, *gates.shape[1:])
-        gates = torch.cat([gates, none] if part == "x" else [gates[:shared], none, gates[shared:]])
-    return gates.transpose(0, 1).flatten(0, 1)
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor of all directions."""
+    return tensors[0].contiguous() if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _offsets(batch_sizes: Tensor | None, like: Tensor) -> Tensor:
@@ -126,6 +121,11 @@ def _launches(
         launch_cooperative_grid=plan.sync == "grid",
         enable_fp_fusion=True,
     )
+    if kernel is sequence.forward:
+        # Of a product's columns a thread has two neighbours, and those that are as far apart as all
+        # warps reach; with tiles of 64 rows, all of its row's.
+        several = constants["GATES"] > 1
+        constants["LO"] = 2 if several and units < 8 * plan.warps and plan.rows < 64 else 1
     if not target.amd:
         # A processor has one program: the assembler need not spill to make room for a second.
         constants["maxnreg"] = 255
@@ -165,32 +165,35 @@ def forward(
     """
     sizes = numbers(cell, x, weights, batch_sizes, batch)
     _, N, B, H, P, D, own_H, own_P = sizes
-    *leading, _ = x.shape
+    *leading, I = x.shape
+    G = len(cell.gates)
     projected = weights[0][4] is not None
     rows = x.flatten(0, -2)
-    gx = x.new_empty(D, N, H * cell.slots)
-    own_columns = own_H * cell.slots
-    gx[..., own_columns:] = 0
-    w_hh = x.new_empty(D, P, H * cell.slots)
-    w_hr = x.new_empty(D, H, P) if projected else x
-    for d, (w_ih, w, b_ih, b_hh, hr) in enumerate(weights):
-        w_x = _by_unit(cell, w_ih, "x").t()
-        if b_ih is None or b_hh is None:
-            torch.mm(rows, w_x, out=gx[d, :, :own_columns])
-        else:
-            bias = _by_unit(cell, b_ih, "x") + _by_unit(cell, b_hh, "h")
-            torch.addmm(bias, rows, w_x, out=gx[d, :, :own_columns])
-        w_hh[d] = _by_unit(cell, padded_gates(cell, w, H, P), "h").t()
-        if hr is not None:
-            w_hr[d] = padded(hr, P, H).t()
+    gx = x.new_empty(D, N, G * H)
+    for d, (w_ih, *_) in enumerate(weights):
+        torch.mm(rows, padded_gates(cell, w_ih, H, I).t(), out=gx[d])
+    w_hh = _together([padded_gates(cell, w[1], H, P) for w in weights])
+    b_ih, b_hh = (
+        _together([padded_gates(cell, w[k], H) for w in weights])
+        if weights[0][k] is not None
+        else x
+        for k in (2, 3)
+    )
+    w_hr = x
+    if projected:
+        w_hr = _together([padded(w[4], P, H) for w in weights if w[4] is not None])
     h, s = running(cell, state, sizes, x, torch.float32)
+    hx = x.new_empty(2, D, B, P)
+    hx[0] = h
     out = x.new_empty(*leading, D * P)
     saved = x.new_empty(D, N, cell.saved_slots(projected), H) if save else None
     tensors = (
         gx,
         w_hh,
+        b_ih,
+        b_hh,
         w_hr,
-        torch.stack([h, h]).to(x.dtype),
+        hx,
         h,
         s,
         x.new_empty(D, B, H) if projected else x,
@@ -208,9 +211,11 @@ def forward(
         (P, H),
         target,
         CELL=CELLS[cell.mode][0],
-        SLOTS=cell.slots,
+        GATES=G,
+        SHARED=cell.shared,
         STATES=len(cell.states),
         SAVED=len(cell.saved),
+        BIAS=weights[0][2] is not None,
         SAVE=save,
         PACKED=batch_sizes is not None,
     ):
@@ -239,10 +244,10 @@ def backward(
     T, N, B, H, P, D, own_H, own_P = sizes
     G = len(cell.gates)
     projected = weights[0][4] is not None
-    w_hh = torch.stack([padded_gates(cell, w[1], H, P) for w in weights])
+    w_hh = _together([padded_gates(cell, w[1], H, P) for w in weights])
     w_hr = x
     if projected:
-        w_hr = torch.stack([padded(w[4], P, H) for w in weights if w[4] is not None])
+        w_hr = _together([padded(w[4], P, H) for w in weights if w[4] is not None])
     h0, _ = running(cell, None if state is None else state[:1], sizes, x, torch.float32)
     dh_n, ds_n = running(cell, dfinal, sizes, x, torch.float32)
     dpre = x.new_empty(D, N, cell.slots, H)

@@ -130,7 +130,7 @@ class Limits(NamedTuple):
 # four SIMDs of 512 registers times 64 lanes.
 LIMITS = {
     "cuda:80": Limits(163 << 10, 64 << 10, 32, 108),
-    "cuda:90": Limits(227 << 10, 64 << 10, 32, 114),
+    "cuda:90": Limits(227 << 10, 64 << 10, 32, 132),
     "cuda:100": Limits(227 << 10, 64 << 10, 32, 132),
     "hip:gfx942": Limits(64 << 10, 128 << 10, 64, 228),
 }

@@ -16,12 +16,13 @@ which only that part counts.
 Sizes: T steps, N rows, B sequences, H hidden units, P elements of h, D directions. H and P are
 multiples of 16, of which the layer has own_H and own_P; what else meets a product is zero.
 Rows are in time-major order; ``offsets [T + 1]`` has the first row of each step of a packed batch.
-Pre-activations lie as ``[unit][slot]``, so that one product computes all slots of a unit.
+One product computes all slots of a program's units, in an order that leaves those of a unit to one
+thread: ``slots_of``.
 """
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip
+from triton.language.target_info import is_cuda, is_hip
 
 
 @triton.jit
@@ -44,7 +45,14 @@ def wait(counter, goal, SYNC: tl.constexpr):
     if SYNC == "grid":
         arrived = goal - 1
         while arrived < goal:
-            arrived = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+            if is_cuda():
+                # A load, since atomics of all who wait hold up those who arrive.
+                arrived = tl.inline_asm_elementwise(
+                    "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [counter.to(tl.int64)],
+                    tl.int32, False, 1,
+                )  # fmt: skip
+            else:
+                arrived = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
         # No thread may read before the one that has heard of all others.
         tl.debug_barrier()
 
@@ -116,16 +124,27 @@ def h_parts(dslots, alive, dtype: tl.constexpr, GATES: tl.constexpr, SHARED: tl.
 
 
 @triton.jit
-def split_slots(tile, ROWS: tl.constexpr, UNITS: tl.constexpr, SLOTS: tl.constexpr):
-    """``[ROWS, UNITS * SLOTS]`` as SLOTS tiles ``[ROWS, UNITS]``."""
-    tl.static_assert(SLOTS == 1 or SLOTS == 2 or SLOTS == 4)
+def slots_of(column, UNITS: tl.constexpr, SLOTS: tl.constexpr, LO: tl.constexpr):
+    """The slot and the unit of each of a program's columns, ``[SLOTS / LO][unit][LO]``."""
+    slot = column // (LO * UNITS) * LO + column % LO
+    unit = column % (LO * UNITS) // LO
+    return slot, unit
+
+
+@triton.jit
+def split_slots(
+    tile, ROWS: tl.constexpr, UNITS: tl.constexpr, SLOTS: tl.constexpr, LO: tl.constexpr
+):
+    """``[ROWS, SLOTS * UNITS]`` in the order of ``slots_of`` as SLOTS tiles ``[ROWS, UNITS]``."""
+    tl.static_assert(SLOTS == 1 or SLOTS == 4)
     if SLOTS == 1:
         slots = (tile,)
-    elif SLOTS == 2:
-        a, b = tl.split(tl.reshape(tile, (ROWS, UNITS, 2)))
-        slots = (a, b)
     else:
-        even, odd = tl.split(tl.reshape(tile, (ROWS, UNITS, 2, 2)))
+        if LO == 1:
+            tile = tl.permute(tl.reshape(tile, (ROWS, 2, 2, UNITS)), (0, 3, 1, 2))
+        else:
+            tile = tl.permute(tl.reshape(tile, (ROWS, 2, UNITS, 2)), (0, 2, 1, 3))
+        even, odd = tl.split(tile)
         a, c = tl.split(even)
         b, d = tl.split(odd)
         slots = (a, b, c, d)
@@ -157,22 +176,23 @@ def left_tile(rows, mask, k, K, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def right_tile(w, k, K, column, columns, SPLIT: tl.constexpr):
-    """``w[k, column]`` of ``[K, columns]``."""
+def right_tile(w, k, K, stride, column, inside, SPLIT: tl.constexpr):
+    """``w[k * stride + column]``, zero for columns that are not inside."""
     if SPLIT == 1:
-        mask = (k < K)[:, None] & (column < columns)[None, :]
-        tile = tl.load(w + k[:, None] * columns + column[None, :], mask=mask, other=0.0)
+        at, mask = (k * stride)[:, None] + column[None, :], (k < K)[:, None] & inside[None, :]
     else:
-        mask = (k < K)[:, :, None] & (column < columns)[None, None, :]
-        tile = tl.load(w + k[:, :, None] * columns + column[None, None, :], mask=mask, other=0.0)
-    return tile
+        at = (k * stride)[:, :, None] + column[None, None, :]
+        mask = (k < K)[:, :, None] & inside[None, None, :]
+    return tl.load(w + at, mask=mask, other=0.0)
 
 
 @triton.jit
-def right_tiles(w, K, column, columns, KC: tl.constexpr, NK: tl.constexpr, SPLIT: tl.constexpr):
+def right_tiles(
+    w, K, stride, column, inside, KC: tl.constexpr, NK: tl.constexpr, SPLIT: tl.constexpr
+):
     tiles = ()
     for j in tl.static_range(NK):
-        tiles = tiles + (right_tile(w, depth(j, KC, SPLIT), K, column, columns, SPLIT),)
+        tiles = tiles + (right_tile(w, depth(j, KC, SPLIT), K, stride, column, inside, SPLIT),)
     return tiles
 
 
@@ -188,8 +208,9 @@ def product(
     w,
     tiles,
     K,
+    stride,
     column,
-    columns,
+    inside,
     RESIDENT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -199,20 +220,39 @@ def product(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of K elements, zero where masked, times ``w [K, columns]``."""
+    """Rows of K elements, zero where masked, times ``w``; see ``right_tile``."""
     if SPLIT == 1:
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     else:
         acc = tl.zeros((SPLIT, ROWS, COLUMNS), tl.float32)
     if RESIDENT:
-        for j in tl.static_range(NK):
-            a = left_tile(rows, mask, depth(j, KC, SPLIT), K, SPLIT)
-            acc = multiply(a, tiles[j], acc, DOT, PRECISION)
+        # Several at once are on their way before the first is needed, of 16 KB together.
+        TILE: tl.constexpr = ROWS * KC * SPLIT * (DOT.primitive_bitwidth // 8)
+        MANY: tl.constexpr = max(1, 16384 // TILE)
+        TENSOR_CORES: tl.constexpr = PRECISION == "tf32" or DOT.primitive_bitwidth == 16
+        CHAINS: tl.constexpr = min(4, MANY) if TENSOR_CORES else 1
+        for first in tl.static_range(0, NK, MANY):
+            parts = ()
+            for j in tl.static_range(first, min(first + MANY, NK)):
+                parts = parts + (left_tile(rows, mask, depth(j, KC, SPLIT), K, SPLIT),)
+            if CHAINS == 1:
+                for j in tl.static_range(first, min(first + MANY, NK)):
+                    acc = multiply(parts[j - first], tiles[j], acc, DOT, PRECISION)
+            else:
+                # A product waits for the sum that it adds to. A sum of two is a product's addend to
+                # the compiler, which would make them one; a multiply-add is not.
+                for chain in tl.static_range(CHAINS):
+                    if first + chain < NK:
+                        some = tl.zeros_like(acc)
+                        for j in tl.static_range(first + chain, min(first + MANY, NK), CHAINS):
+                            some = multiply(parts[j - first], tiles[j], some, DOT, PRECISION)
+                        acc = tl.fma(some, 1.0, acc)
     else:
         for j in range(tl.cdiv(K, KC * SPLIT)):
             k = depth(j, KC, SPLIT)
             a = left_tile(rows, mask, k, K, SPLIT)
-            acc = multiply(a, right_tile(w, k, K, column, columns, SPLIT), acc, DOT, PRECISION)
+            tile = right_tile(w, k, K, stride, column, inside, SPLIT)
+            acc = multiply(a, tile, acc, DOT, PRECISION)
     if SPLIT > 1:
         acc = tl.sum(acc, 0)
     return acc
@@ -224,9 +264,11 @@ _VARYING = ["first_group", "first_step", "end_step", "T", "N", "B", "D", "own_H"
 
 @triton.jit(do_not_specialize=_VARYING)
 def forward(
-    gx,  # [D, N, H * SLOTS] the input's share of the pre-activations, biases included
-    w_hh,  # [D, P, H * SLOTS]
-    w_hr,  # [D, H, P], if projected
+    gx,  # [D, N, GATES * H] the product of the input
+    w_hh,  # [D, GATES * H, P]
+    b_ih,  # [D, GATES * H], if BIAS
+    b_hh,  # likewise
+    w_hr,  # [D, P, H], if projected
     hx,  # [2, D, B, P] h before a step, by the parity of the step's number
     h,  # [D, B, P] float32: the state before the first step, and after the last
     s,  # [STATES - 1, D, B, H] float32: the other states, likewise
@@ -247,9 +289,11 @@ def forward(
     own_H,
     own_P,
     CELL: tl.constexpr,
-    SLOTS: tl.constexpr,
+    GATES: tl.constexpr,
+    SHARED: tl.constexpr,
     STATES: tl.constexpr,
     SAVED: tl.constexpr,
+    BIAS: tl.constexpr,
     PROJECTED: tl.constexpr,
     SAVE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -264,22 +308,33 @@ def forward(
     NK: tl.constexpr,  # of which resident weights have so many
     NKR: tl.constexpr,
     SPLIT: tl.constexpr,
+    LO: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    SLOTS: tl.constexpr = 2 * GATES - SHARED
     groups = tl.cdiv(B, BB)
     group = first_group + tl.program_id(1)
     d = group // groups
     d64 = d.to(tl.int64)
     row = (group % groups) * BB + tl.arange(0, BB)
     unit = tl.program_id(0) * BH + tl.arange(0, BH)
-    column = tl.program_id(0) * BH * SLOTS + tl.arange(0, BH * SLOTS)
     element = tl.program_id(0) * BP + tl.arange(0, BP)
     in_batch = row < B
     units = unit < H
     elements = element < P
     sequence = d64 * B + row
-    columns = H * SLOTS
+    # Of each column the gate of x, and of h: both, or one.
+    slot, unit_of = slots_of(tl.arange(0, BH * SLOTS), BH, SLOTS, LO)
+    unit_of += tl.program_id(0) * BH
+    of_x = unit_of < H
+    of_h = of_x
+    gate_x = slot * H + unit_of
+    gate_h = gate_x
+    if GATES > SHARED:
+        of_x = of_x & (slot < GATES)
+        of_h = of_h & ((slot < SHARED) | (slot >= GATES))
+        gate_h = tl.where(slot < SHARED, slot, slot - (GATES - SHARED)) * H + unit_of
     at_h = sequence[:, None] * P + element[None, :]
     at_s = sequence[:, None] * H + unit[None, :]
     own_h = in_batch[:, None] & elements[None, :]
@@ -289,9 +344,9 @@ def forward(
     KEPT: tl.constexpr = SAVED + STATES - 1 + PROJECTED
     KC_HH: tl.constexpr = BP if SYNC == "program" else KC
     KC_HR: tl.constexpr = BH if SYNC == "program" else KC
-    w_hh += d64 * P * columns
-    w_hr += d64 * H * P
-    gx += d64 * N * columns
+    w_hh += d64 * GATES * H * P
+    w_hr += d64 * P * H
+    gx += d64 * N * GATES * H
     saved += d64 * N * KEPT * H
     out += d * P
     counter = counters + group * 32
@@ -303,36 +358,46 @@ def forward(
     tiles_hr = ()
     if RESIDENT:
         if PART != "projection":
-            tiles = right_tiles(w_hh, P, column, columns, KC_HH, NK, SPLIT)
+            tiles = right_tiles(w_hh, P, 1, gate_h * P, of_h, KC_HH, NK, SPLIT)
         if PROJECTED and PART != "cell":
-            tiles_hr = right_tiles(w_hr, H, element, P, KC_HR, NKR, SPLIT)
+            tiles_hr = right_tiles(w_hr, H, 1, element * H, elements, KC_HR, NKR, SPLIT)
+    bias = tl.zeros((BH * SLOTS,), tl.float32)
+    if BIAS and PART != "projection":
+        bias += tl.load(b_ih + d * GATES * H + gate_x, mask=of_x, other=0.0).to(tl.float32)
+        bias += tl.load(b_hh + d * GATES * H + gate_h, mask=of_h, other=0.0).to(tl.float32)
 
     first, count = rows_of(offsets, first_step, d, T, B, PACKED)
-    # Read a step early, so that nobody waits for it.
+    # Read a step early, and well before its end, so that nobody waits for it.
     early = tl.load(
-        gx + ((first + row) * columns)[:, None] + column[None, :],
-        mask=(row < count)[:, None] & (column < columns)[None, :],
+        gx + ((first + row) * GATES * H)[:, None] + gate_x[None, :],
+        mask=(row < count)[:, None] & of_x[None, :],
         other=0.0,
     )
     # In stages, h would be read before it is there.
     for step in tl.range(first_step, end_step, num_stages=1):
         alive = row < count
+        first_after, count_after = rows_of(offsets, step + 1, d, T, B, PACKED)
+        count_after = tl.where(step + 1 < end_step, count_after, 0)
         y_h = running_h
         if PART != "projection":
-            pre = early.to(tl.float32)
+            pre = early.to(tl.float32) + bias[None, :]
             if SYNC == "program":
                 pre = multiply(running_h.to(out.dtype.element_ty), tiles[0], pre, DOT, PRECISION)
             else:
                 pre += product(
-                    hx + (step % 2) * plane_h + sequence * P, alive, w_hh, tiles, P, column,
-                    columns, RESIDENT, BB, BH * SLOTS, KC, NK, SPLIT, DOT, PRECISION,
+                    hx + (step % 2) * plane_h + sequence * P, alive, w_hh, tiles, P, 1, gate_h * P,
+                    of_h, RESIDENT, BB, BH * SLOTS, KC, NK, SPLIT, DOT, PRECISION,
                 )  # fmt: skip
+            early = tl.load(
+                gx + ((first_after + row) * GATES * H)[:, None] + gate_x[None, :],
+                mask=(row < count_after)[:, None] & of_x[None, :],
+                other=0.0,
+            )
+            slots = split_slots(pre, BB, BH, SLOTS, LO)
             if PROJECTED:
-                y, v = CELL(
-                    split_slots(pre, BB, BH, SLOTS), (tl.zeros((BB, BH), tl.float32),) + others
-                )
+                y, v = CELL(slots, (tl.zeros((BB, BH), tl.float32),) + others)
             else:
-                y, v = CELL(split_slots(pre, BB, BH, SLOTS), (running_h,) + others)
+                y, v = CELL(slots, (running_h,) + others)
             y_h = own(y[0], unit, own_H, PADDED)
             mask = alive[:, None] & units[None, :]
             if PROJECTED:
@@ -359,8 +424,8 @@ def forward(
             else:
                 wait(counter, met * tl.num_programs(0), SYNC)
                 y_h = product(
-                    m + sequence * H, alive, w_hr, tiles_hr, H, element,
-                    P, RESIDENT, BB, BP, KC, NKR, SPLIT, DOT, PRECISION,
+                    m + sequence * H, alive, w_hr, tiles_hr, H, 1, element * H, elements,
+                    RESIDENT, BB, BP, KC, NKR, SPLIT, DOT, PRECISION,
                 )  # fmt: skip
             y_h = own(y_h, element, own_P, PADDED)
             running_h = tl.where(alive[:, None], y_h, running_h)
@@ -375,14 +440,7 @@ def forward(
                 y_h.to(out.dtype.element_ty),
                 mask=alive[:, None] & elements[None, :],
             )
-        first, count = rows_of(offsets, step + 1, d, T, B, PACKED)
-        count = tl.where(step + 1 < end_step, count, 0)
-        if PART != "projection":
-            early = tl.load(
-                gx + ((first + row) * columns)[:, None] + column[None, :],
-                mask=(row < count)[:, None] & (column < columns)[None, :],
-                other=0.0,
-            )
+        first, count = first_after, count_after
         wait(counter, met * tl.num_programs(0), SYNC)
 
     if not PROJECTED or PART != "cell":
@@ -534,11 +592,13 @@ def backward(
         if PART != "cell":
             if SYNC == "program":
                 for g in tl.static_range(GATES):
-                    tiles = tiles + right_tiles(w_hh + g * H * P, H, element, P, BH, 1, SPLIT)
+                    tiles = tiles + right_tiles(
+                        w_hh + g * H * P, H, P, element, elements, BH, 1, SPLIT
+                    )
             else:
-                tiles = right_tiles(w_hh, GATES * H, element, P, KC, NK, SPLIT)
+                tiles = right_tiles(w_hh, GATES * H, P, element, elements, KC, NK, SPLIT)
         if PROJECTED and PART != "product":
-            tiles_hr = right_tiles(w_hr, P, unit, H, KC_HR, NKR, SPLIT)
+            tiles_hr = right_tiles(w_hr, P, H, unit, units, KC_HR, NKR, SPLIT)
     # With SYNC "program", the gradients of the step after.
     held = ()
     if SYNC == "program":
@@ -562,7 +622,8 @@ def backward(
             else:
                 carry += product(
                     dgh + (turn % 2) * plane_g + sequence * GATES * H, in_batch, w_hh, tiles,
-                    GATES * H, element, P, RESIDENT, BB, BP, KC, NK, SPLIT, DOT, PRECISION,
+                    GATES * H, P, element, elements, RESIDENT, BB, BP, KC, NK, SPLIT, DOT,
+                    PRECISION,
                 )  # fmt: skip
             dy_h = carry + dh_out.to(tl.float32)
             if PROJECTED:
@@ -585,8 +646,8 @@ def backward(
                 else:
                     wait(counter, met * tl.num_programs(0), SYNC)
                     dm = product(
-                        dh + (first + row) * P, alive, w_hr, tiles_hr, P, unit,
-                        H, RESIDENT, BB, BH, KC, NKR, SPLIT, DOT, PRECISION,
+                        dh + (first + row) * P, alive, w_hr, tiles_hr, P, H, unit, units,
+                        RESIDENT, BB, BH, KC, NKR, SPLIT, DOT, PRECISION,
                     )  # fmt: skip
             dslots, ds = CELL(
                 in_float32(v, SAVED), in_float32(s, STATES), h.to(tl.float32), (dm,) + others
@@ -602,6 +663,12 @@ def backward(
                 store_planes(to + unit[None, :], H, own_s, dgates, GATES)
             met += 1
             arrive(counter, SYNC)
+            first_2, count_2 = rows_of(offsets, T - 3 - turn, d, T, B, PACKED)
+            count_before = tl.where(turn + 1 < end_step, count_before, 0)
+            v, s, h, dh_out = load_step(
+                saved, out, dout, h0, first_before, count_before, first_2, count_2, row, unit,
+                element, sequence, H, P, D, STATES, SAVED, PROJECTED, DOUT,
+            )  # fmt: skip
             store_planes(
                 dpre + ((first + row) * SLOTS * H)[:, None] + unit[None, :],
                 H,
@@ -612,13 +679,7 @@ def backward(
             if not PROJECTED:
                 carry = tl.where(alive[:, None], ds[0], carry)
             others = keep(alive[:, None], ds[1:], others, STATES - 1)
-        first = first_before
-        count = tl.where(turn + 1 < end_step, count_before, 0)
-        first_before, count_before = rows_of(offsets, T - 3 - turn, d, T, B, PACKED)
-        v, s, h, dh_out = load_step(
-            saved, out, dout, h0, first, count, first_before, count_before, row, unit, element,
-            sequence, H, P, D, STATES, SAVED, PROJECTED, DOUT,
-        )  # fmt: skip
+            first, count, first_before, count_before = first_before, count_before, first_2, count_2
         wait(counter, met * tl.num_programs(0), SYNC)
 
     if PART != "cell":

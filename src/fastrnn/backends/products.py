@@ -170,21 +170,33 @@ def gradients(
             1 + d * len(weights[d]) : 1 + (d + 1) * len(weights[d])
         ]
         dgx = dpre[d, :, :G].flatten(1)
-        dgh = torch.cat([dpre[d, :, :shared], dpre[d, :, G:]], 1).flatten(1)
+        dgh = dgx
+        if shared < G:
+            dgh = torch.cat([dpre[d, :, :shared], dpre[d, :, G:]], 1).flatten(1)
         if needed[0]:
             part = dgx @ w_ih
             dx = part if dx is None else dx + part
         dw_hh = dw_hr = None
-        if need_w_hh:
+        if need_w_hh and state is None and batch_sizes is None:
+            # The first step has no part in it: h was zero.
+            after, before = slice(batch, None), slice(N - batch)
+            if d == 1:
+                after, before = before, after
+            dw_hh = _of_all_rows(dgh[after], h[before, d])
+        elif need_w_hh:
             h0 = h.new_zeros(batch, P) if state is None else state[0].view(D, batch, P)[d]
             dw_hh = _of_all_rows(dgh, previous(h[:, d], h0, batch_sizes, d == 1))
+        db_ih = dgx.sum(0) if need_b_ih else None
+        db_hh = None
+        if need_b_hh:
+            db_hh = dgh.sum(0) if dgh is not dgx or db_ih is None else db_ih.clone()
         if need_w_hr and w_hr is not None and dh is not None:
             dw_hr = _of_all_rows(dh[d], saved[d, :, -1])
         results += [
             _of_all_rows(dgx, x.flatten(0, -2)) if need_w_ih else None,
             dw_hh,
-            dgx.sum(0) if need_b_ih else None,
-            dgh.sum(0) if need_b_hh else None,
+            db_ih,
+            db_hh,
             dw_hr,
         ]
     if state is not None:
