@@ -126,11 +126,8 @@ def _slower(
     """Why torch's own operator is likely faster; None if it is not."""
     if sizes.one_step:
         return "one step is two products and one kernel in torch"
-    if _cudnn_persists(cell, dtype, sizes, target):
-        return (
-            "cuDNN keeps the weights of such a layer on the chip: float16, one layer, one "
-            "direction, sizes that are multiples of 128, and a batch of at most 128"
-        )
+    if _cudnn_persists(cell, dtype, sizes):
+        return "cuDNN computes all steps of such a layer in one launch, too"
     at_once, programs = target.programs_at_once, max(p.programs(sizes.hidden_size) for p in found)
     if programs > at_once:
         return (
@@ -152,21 +149,20 @@ def _slower(
     return None
 
 
-def _cudnn_persists(cell: Cell, dtype: torch.dtype, sizes: Sizes, target: plans.Target) -> bool:
-    """After ATen's ``use_persist_common_heuristics`` and ``use_persist_device_heuristics``."""
+def _cudnn_persists(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> bool:
+    """As measured on an H200, cuDNN 9; see docs/gpu.md."""
+    if torch.version.hip or dtype is torch.bfloat16 or sizes.packed or sizes.proj_size:
+        return False
+    if sizes.hidden_size <= (256 if len(cell.gates) == 1 else 128):
+        return True
     return (
-        torch.version.hip is None
-        and dtype is torch.float16
-        and cell.mode != "GRU"
+        dtype is torch.float16
+        and cell.mode == "LSTM"
         and sizes.layers == sizes.directions == 1
-        and not sizes.packed
-        and not sizes.proj_size
-        and target.programs_at_once >= 98
         and sizes.hidden_size <= 1024
         and sizes.hidden_size % 128 == sizes.input_size % 128 == 0
-        and sizes.batch <= 128
+        and sizes.batch <= 32
         and sizes.batch % 8 == 0
-        and (cell.mode == "LSTM" or sizes.batch < 96 or sizes.hidden_size < 896)
     )
 
 
