@@ -409,7 +409,7 @@ def candidates(request: Request) -> Iterator[Plan]:
     units = 64 // cell.slots if forward else 16 if cell.slots > 1 else 64
     columns = units * cell.slots if forward else units
     teams = [(1, 4), (1, 8)] if columns > 16 else [(4, 4), (8, 8)]
-    depths = (64, 32) if size == 2 else (32, 16)
+    depths = (128, 64, 32) if size == 2 else (64, 32, 16)
     limits = LIMITS[request.architecture]
     weights = size * H * units * (cell.slots if forward else len(cell.gates))
     if weights <= max(limits.shared, 4 * limits.registers) and H <= 1024:

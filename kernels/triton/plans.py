@@ -209,7 +209,7 @@ class Device(NamedTuple):
 # all read at once. Seconds: from a store in one processor to a load in another and back, and
 # between kernels of a graph.
 SHARED, INGEST, CACHE = 128, 64, 24
-BARRIER, LAUNCH = 0.7e-6, 2e-6
+BARRIER, LAUNCH = 1.8e-6, 5e-6
 
 # A100 SXM, H100 SXM, B200, MI300X.
 DEVICES = {
