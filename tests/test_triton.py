@@ -351,7 +351,7 @@ def test_choice_on_a_gpu(a_gpu: None) -> None:
         choice = choose(CELLS[mode], dtype, CUDA, sizes=SMALL._replace(**sizes))
         return choice.backend, choice.rejected.get("triton", "")
 
-    for mode in plans.MODES:
+    for mode in ("GRU", "LSTM"):
         for dtype in (F32, torch.bfloat16):
             assert name(mode, dtype) == ("triton", "")
     half = torch.float16
@@ -359,8 +359,9 @@ def test_choice_on_a_gpu(a_gpu: None) -> None:
         (F64, {}, "got torch.float64"),
         (F32, {"hidden_size": 2049}, "no plan divides a layer of hidden_size 2049"),
         (F32, {"one_step": True}, "one step is"),
-        (half, {}, "cuDNN keeps the weights"),
-        (half, {"batch": 88, "hidden_size": 1024}, "cuDNN keeps the weights"),
+        (half, {}, "cuDNN computes all steps"),
+        (half, {"batch": 24, "hidden_size": 1024}, "cuDNN computes all steps"),
+        (F32, {"hidden_size": 128}, "cuDNN computes all steps"),
         (F32, {"batch": 256, "hidden_size": 1024}, "on paper a step and its reverse take"),
     ):
         backend_, reason = name(dtype=dtype, **sizes)
@@ -368,19 +369,21 @@ def test_choice_on_a_gpu(a_gpu: None) -> None:
     for sizes in (
         {"layers": 2},
         {"directions": 2},
-        {"batch": 136, "hidden_size": 128},
-        {"batch": 33},
+        {"batch": 40},
+        {"batch": 31},
         {"hidden_size": 250},
         {"input_size": 100},
         {"packed": True},
         {"proj_size": 128},
     ):
         assert name(dtype=half, **sizes)[0] == "triton"
-    assert name("GRU", half)[0] == "triton"
-    # cuDNN leaves the weights of wide RNNs in large batches where they are.
-    assert "cuDNN" not in name("RNN_TANH", half, batch=128, hidden_size=1024)[1]
-    # Of twice as many bytes, and without tensor cores, a step takes longer.
-    wide = {"batch": 64, "hidden_size": 512}
+    assert name("GRU", half)[0] == name("RNN_TANH", half, hidden_size=512)[0] == "triton"
+    # It has an RNN's smaller matrix in one launch up to twice the size.
+    for mode in ("RNN_TANH", "RNN_RELU"):
+        assert name(mode)[0] == "torch" and name(mode, hidden_size=257)[0] == "triton"
+        assert name(mode, torch.bfloat16) == ("triton", "")
+    # Of twice as many bytes, with its weights read at every step, a step takes longer.
+    wide = {"batch": 16, "hidden_size": 2048}
     assert name(dtype=torch.bfloat16, **wide)[0] == "triton"
     assert "on paper" in name(dtype=F32, **wide)[1]
     assert choose(CELLS["LSTM"], half, CUDA, "triton", SMALL).backend == "triton"
@@ -391,9 +394,8 @@ def test_choice_on_a_part_of_a_gpu(a_gpu: None, monkeypatch: pytest.MonkeyPatch)
     choice = choose(CELLS["LSTM"], F32, CUDA, sizes=SMALL)
     assert choice.backend == "torch"
     assert "the 16 programs of a layer cannot wait for each other" in choice.rejected["triton"]
-    assert (
-        choose(CELLS["LSTM"], F32, CUDA, sizes=SMALL._replace(hidden_size=64)).backend == "triton"
-    )
+    small = SMALL._replace(hidden_size=64)
+    assert choose(CELLS["LSTM"], torch.bfloat16, CUDA, sizes=small).backend == "triton"
 
 
 def test_weights_of_a_projection_count() -> None:
@@ -536,7 +538,7 @@ def test_budgets_can_break() -> None:
     """Every budget, each once not kept."""
     code = f"""{SETUP}
     print(problems("cuda:90", "LSTM", "16-bit", 2048, "forward", resident(16, 64, 1, 4)))
-    print(problems("cuda:90", "LSTM", "16-bit", 2048, "forward", streaming(16, 64, 1, 4)))
+    print(problems("cuda:80", "LSTM", "16-bit", 2048, "forward", streaming(16, 64, 1, 4)))
     print(problems("cuda:90", "LSTM", "ieee", 64, "forward", program(8)))
     with contextlib.redirect_stdout(io.StringIO()):
         status = _table([Request("cuda:90", "LSTM", "ieee", 64, "forward", program(8))], 1)
@@ -563,7 +565,7 @@ def test_budgets_can_break() -> None:
     run = compiling(code)
     assert run.returncode == 0, run.stderr
     shared, programs, spills, none, inside, count, registers, lost, ahead = run.stdout.splitlines()
-    assert "128 programs that wait for each other, on 114 processors" in programs
+    assert "128 programs that wait for each other, on 108 processors" in programs
     assert re.search(r"\d+ bytes of shared memory, of 232448", shared)
     assert re.search(r"spills \d+ bytes", spills)
     assert none == ""
@@ -578,7 +580,7 @@ def test_budgets_can_break() -> None:
 # the compiled code is then said to lack.
 ORDER = {
     "release": ('sem="release"', 'sem="relaxed"', "the barrier lacks a release"),
-    "acquire": ('sem="acquire"', 'sem="relaxed"', "the barrier lacks an acquire"),
+    "acquire": ("acquire", "relaxed", "the barrier lacks an acquire"),
     "before": (
         "        tl.debug_barrier()\n        tl.atomic_add",
         "        tl.atomic_add",
