@@ -302,12 +302,15 @@ def test_info_says_what_runs_here(tmp_path: Path) -> None:
 
 
 @needs_tree
-def test_the_roofline_in_the_documents_is_what_is_printed(tmp_path: Path) -> None:
+def test_tables_in_the_documents_are_what_is_printed(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "fastrnn", "aot", "--paper"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     document = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert f"<!-- paper -->\n{run.stdout}<!-- /paper -->" in document
+    command = [sys.executable, str(ROOT / "bench" / "graphs.py"), "docs/benchmarks/h200.json"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"<!-- h200 -->\n{run.stdout}<!-- /h200 -->" in document
 
 
 BUILD = """

@@ -1,8 +1,9 @@
 """How a layer is divided among programs, and which plan is taken: no triton is imported here.
 
-A plan is looked up by architecture, cell, precision and hidden size, never by T or B. The table in
-``table.py`` was chosen by what the compiler says a kernel takes, and ``python -m fastrnn aot``
-compiles and checks every row of it again.
+A plan is looked up by architecture, cell, precision and hidden size, never by T or B. Those of
+sm_90 in ``table.py`` were chosen by time on an H200, the others by what the compiler says a kernel
+takes.
+``python -m fastrnn aot`` compiles and checks every row again.
 """
 
 from __future__ import annotations
@@ -205,9 +206,9 @@ class Device(NamedTuple):
     flops: dict[str, int]
 
 
-# Assumed of all of them. Bytes a cycle and processor: from its own memory, from L2, and from L2 if
-# all read at once. Seconds: from a store in one processor to a load in another and back, and
-# between kernels of a graph.
+# Taken for all of them. Bytes a cycle and processor: from its own memory, from L2, and from L2 if
+# all read at once. Seconds, as they decide best what an H200 measured: from a store in a processor
+# to a load in another, with what else a step waits for; and of a step that a library launches.
 SHARED, INGEST, CACHE = 128, 64, 24
 BARRIER, LAUNCH = 1.8e-6, 5e-6
 

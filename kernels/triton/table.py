@@ -1,4 +1,4 @@
-"""The plan table, as ``python -m fastrnn aot --search`` printed it.
+"""The plan table: for sm_90 what an H200 ran fastest, for others as ``aot --search`` printed it.
 
 By architecture, cell or family of cells, precision, and the largest hidden size of the row. Where a
 cell has a row of its own, it comes before its family's.
@@ -29,6 +29,8 @@ TABLE: dict[tuple[str, str | None, str, int | None], Plans] = {
     ("cuda:80", "RNN_RELU", "ieee", 128): Plans(resident(64, 32, 1, 4), streaming(64, 32, 1, 4)),
     ("cuda:80", "RNN_RELU", "ieee", 256): Plans(resident(64, 32, 1, 4), streaming(64, 32, 1, 4)),
     ("cuda:80", "RNN_RELU", "ieee", 512): Plans(resident(64, 32, 1, 4), streaming(64, 32, 1, 4)),
+    ("cuda:80", "RNN_RELU", "16-bit", 1024): Plans(resident(64, 64, 1, 4), resident(64, 128, 1, 4)),
+    ("cuda:80", "RNN_RELU", "ieee", 1024): Plans(streaming(64, 16, 1, 4), streaming(64, 32, 1, 4)),
     ("cuda:80", "GRU", "16-bit", 64): Plans(program(8), program(8)),
     ("cuda:80", "GRU", "16-bit", 128): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
     ("cuda:80", "GRU", "16-bit", 256): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
@@ -87,6 +89,7 @@ TABLE: dict[tuple[str, str | None, str, int | None], Plans] = {
     ("cuda:90", "RNN_RELU", "ieee", 128): Plans(resident(64, 32, 1, 4), streaming(64, 32, 1, 4)),
     ("cuda:90", "RNN_RELU", "ieee", 256): Plans(resident(64, 32, 1, 4), streaming(64, 32, 1, 4)),
     ("cuda:90", "RNN_RELU", "ieee", 512): Plans(resident(64, 16, 1, 4), streaming(64, 32, 1, 4)),
+    ("cuda:90", "RNN_RELU", "ieee", 1024): Plans(streaming(64, 16, 1, 4), streaming(64, 32, 1, 4)),
     ("cuda:90", "GRU", "16-bit", 64): Plans(program(8), program(4)),
     ("cuda:90", "GRU", "16-bit", 128): Plans(resident(16, 128, 1, 4), resident(16, 128, 4, 4)),
     ("cuda:90", "GRU", "16-bit", 256): Plans(resident(16, 64, 1, 4), resident(16, 128, 4, 4)),
@@ -102,7 +105,7 @@ TABLE: dict[tuple[str, str | None, str, int | None], Plans] = {
     ("cuda:90", "GRU", "ieee", 64): Plans(resident(16, 32, 1, 4), program(8)),
     ("cuda:90", "GRU", "ieee", 128): Plans(resident(16, 32, 1, 4), resident(16, 32, 4, 4)),
     ("cuda:90", "GRU", "ieee", 256): Plans(resident(16, 32, 1, 4), resident(16, 32, 4, 4)),
-    ("cuda:90", "GRU", "ieee", 512): Plans(resident(16, 32, 1, 4), resident(16, 32, 8, 8)),
+    ("cuda:90", "GRU", "ieee", 512): Plans(resident(16, 16, 1, 4), resident(16, 32, 8, 8)),
     ("cuda:90", "GRU", "ieee", 1024): Plans(streaming(16, 32, 1, 4), resident(16, 32, 8, 8)),
     ("cuda:90", "GRU", "ieee", 2048): Plans(streaming(32, 32, 1, 8), streaming(32, 32, 4, 4)),
     ("cuda:90", "LSTM", "16-bit", 64): Plans(program(8), program(4)),
@@ -114,7 +117,7 @@ TABLE: dict[tuple[str, str | None, str, int | None], Plans] = {
     ("cuda:90", "LSTM", "tf32", 64): Plans(program(8), program(4)),
     ("cuda:90", "LSTM", "tf32", 128): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
     ("cuda:90", "LSTM", "tf32", 256): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
-    ("cuda:90", "LSTM", "tf32", 512): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
+    ("cuda:90", "LSTM", "tf32", 512): Plans(resident(16, 64, 1, 4), streaming(16, 32, 4, 4)),
     ("cuda:90", "LSTM", "tf32", 1024): Plans(streaming(16, 64, 1, 4), streaming(16, 64, 4, 4)),
     ("cuda:90", "LSTM", "tf32", 2048): Plans(streaming(16, 64, 1, 4), streaming(16, 64, 4, 4)),
     ("cuda:90", "LSTM", "ieee", 64): Plans(resident(16, 32, 1, 4), program(8)),
@@ -143,6 +146,7 @@ TABLE: dict[tuple[str, str | None, str, int | None], Plans] = {
     ("cuda:100", "RNN", "ieee", 2048): Plans(streaming(128, 16, 1, 8), streaming(128, 16, 1, 8)),
     ("cuda:100", "RNN_RELU", "tf32", 256): Plans(resident(64, 32, 1, 4), resident(64, 32, 1, 8)),
     ("cuda:100", "RNN_RELU", "ieee", 128): Plans(resident(64, 32, 1, 4), resident(64, 32, 1, 8)),
+    ("cuda:100", "RNN_RELU", "16-bit", 512): Plans(resident(64, 64, 1, 4), resident(64, 128, 1, 8)),
     ("cuda:100", "GRU", "16-bit", 64): Plans(program(8), program(8)),
     ("cuda:100", "GRU", "16-bit", 128): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),
     ("cuda:100", "GRU", "16-bit", 256): Plans(resident(16, 64, 1, 4), resident(16, 64, 4, 4)),

@@ -177,13 +177,7 @@ def gradients(
             part = dgx @ w_ih
             dx = part if dx is None else dx + part
         dw_hh = dw_hr = None
-        if need_w_hh and state is None and batch_sizes is None:
-            # The first step has no part in it: h was zero.
-            after, before = slice(batch, None), slice(N - batch)
-            if d == 1:
-                after, before = before, after
-            dw_hh = _of_all_rows(dgh[after], h[before, d])
-        elif need_w_hh:
+        if need_w_hh:
             h0 = h.new_zeros(batch, P) if state is None else state[0].view(D, batch, P)[d]
             dw_hh = _of_all_rows(dgh, previous(h[:, d], h0, batch_sizes, d == 1))
         db_ih = dgx.sum(0) if need_b_ih else None

@@ -1,6 +1,6 @@
 """The Triton backend: kernels/triton/, float32, float16 and bfloat16 on a CUDA or ROCm device.
 
-Compiled for GPUs and run in Triton's interpreter by this project, but never yet on a GPU. With
+Run on an H200 by this project, and for other GPUs compiled, and run in Triton's interpreter. With
 ``TRITON_INTERPRET=1`` it also runs on a CPU, slowly, if it is asked for by name.
 """
 
@@ -152,6 +152,8 @@ def _slower(
 def _cudnn_persists(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> bool:
     """As measured on an H200, cuDNN 9; see docs/gpu.md."""
     if torch.version.hip or dtype is torch.bfloat16 or sizes.packed or sizes.proj_size:
+        return False
+    if cell.mode == "GRU" and dtype is torch.float16:
         return False
     if sizes.hidden_size <= (256 if len(cell.gates) == 1 else 128):
         return True
