@@ -130,6 +130,7 @@ class Module:
             ours.load_state_dict(module.state_dict())
             module = ours.train(case.training)
         if self.compiled:
+            torch._dynamo.reset()  # else it refuses the ninth layer that it meets
             module = torch.compile(module, fullgraph=True)
         x, hx = problem.x, problem.hx
 

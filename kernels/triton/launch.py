@@ -48,7 +48,7 @@ INTERPRETED = isinstance(sequence.forward, InterpretedFunction)
 """Whether the kernels were defined under TRITON_INTERPRET=1."""
 
 
-def _together(tensors: Sequence[Tensor]) -> Tensor:
+def _together(tensors: list[Tensor]) -> Tensor:
     """One tensor of all directions."""
     return tensors[0].contiguous() if len(tensors) == 1 else torch.stack(tensors)
 
