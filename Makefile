@@ -17,7 +17,7 @@ extension := build/extension-$(notdir $(VENV))
 selftest := build/selftest-$(notdir $(lastword $(CXX)))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test heavy test-isa test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
+.PHONY: help demo gallery test heavy test-isa test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
 	wheel aarch64 clean
 
 help: ## list the targets
@@ -25,6 +25,9 @@ help: ## list the targets
 
 demo: $(VENV)/.demo ## train a small language model with fastrnn and with torch.nn, and plot both
 	$(bin)/python examples/char_lm.py --plot char_lm.png
+
+gallery: $(VENV)/.demo ## run the examples, and draw the plots of docs/examples
+	$(bin)/python examples/forecast.py --cell gru --plot docs/examples/forecast.png
 
 test: $(VENV)/.dev ## run the tests, but for the heavy ones
 	$(pytest) -n 2 -m "not heavy" tests --cov

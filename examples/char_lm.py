@@ -16,25 +16,32 @@ import copy
 import hashlib
 import importlib
 import importlib.util
-import io
 import math
-import os
-import pickle
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import (
+    SAVE_EVERY,
+    Option,
+    add_options,
+    check_options,
+    configure,
+    fail,
+    interruptible,
+    load_checkpoint,
+    progress,
+    save_checkpoint,
+)
 
 BOOK = Path(__file__).parent / "data" / "paradise_lost.txt"
 # The options that a checkpoint keeps: name, default, meaning.
-OPTIONS: list[tuple[str, Any, str]] = [
+OPTIONS: list[Option] = [
     ("cell", "lstm", "the recurrent layer"),
     ("hidden", 256, "its hidden_size"),
     ("layers", 1, "its num_layers"),
@@ -47,7 +54,6 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("steps", 500, "training steps in all, those of a resumed checkpoint included"),
 ]
 CLIP = 1.0
-SAVE_EVERY = 200
 
 # When do two curves coincide? Two right float32 trainings round differently. At first that stays
 # tiny (torch's oneDNN LSTM against torch's native one: 5e-7 in the loss, 8e-6 in the gradient norm
@@ -58,10 +64,6 @@ SAVE_EVERY = 200
 EARLY_STEPS, EARLY_LOSS, EARLY_NORM, END_LOSS = 50, 2e-5, 1e-4, 0.03
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
-
-
-def fail(message: str) -> NoReturn:
-    raise SystemExit(f"char_lm: {message}")
 
 
 class CharLM(nn.Module):
@@ -187,84 +189,21 @@ def read_text(path: Path, config: dict[str, Any]) -> str:
     return text
 
 
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Replaces path in one move, so that it is whole whenever the program is stopped."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        fail(f"cannot save the checkpoint {path}: {error.strerror}")
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        content = io.BytesIO(path.read_bytes())
-    except OSError as error:
-        fail(f"cannot read the checkpoint {path}: {error.strerror}")
-    try:
-        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.PickleError) as error:
-        fail(f"{path} is not a checkpoint, or it is damaged ({type(error).__name__})")
-    if not isinstance(checkpoint, dict) or checkpoint.get("program") != "char_lm":
-        fail(f"{path} is not a checkpoint of this program")
-    if list(checkpoint["config"]) != [name for name, _, _ in OPTIONS]:
-        fail(f"{path} was saved by another version of this program")
-    return checkpoint
-
-
-@contextmanager
-def progress(run: Run, steps: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal; elsewhere ten plain lines."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+def train(run: Run, data: Tensor, steps: int, save: Callable[[], None]) -> bool:
+    """Trains up to steps in all; false if Ctrl-C ended it, after a whole step and a save."""
 
     def numbers() -> str:
         return f"loss {run.losses[-1]:.3f}  {1e3 * median(run.seconds[-50:]):6.2f} ms/step"
 
-    def plain() -> None:
-        if run.step % max(1, steps // 10) == 0 or run.step == steps:
-            left = (steps - run.step) * median(run.seconds[-50:])
-            print(
-                f"{run.name:13} {run.step:>6}/{steps}  {numbers()}  {left:4.0f} s left", flush=True
-            )
-
-    console = Console(highlight=False)
-    if not console.is_terminal or console.is_dumb_terminal:
-        yield plain
-        return
-    columns = (run.name, BarColumn(None), MofNCompleteColumn(), "{task.fields[numbers]}")
-    eta = TimeRemainingColumn(compact=True)
-    with Progress(*columns, eta, console=console, refresh_per_second=4, expand=True) as bar:
-        task = bar.add_task("", total=steps, completed=run.step, numbers="")
-        yield lambda: bar.update(task, completed=run.step, numbers=numbers())
-
-
-def train(run: Run, data: Tensor, steps: int, save: Callable[[], None]) -> bool:
-    """Trains up to steps in all; false if Ctrl-C ended it, after a whole step and a save."""
-    interrupted: list[bool] = []
-
-    def interrupt(*_: object) -> None:
-        interrupted.append(True)  # and a second one ends it at once
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        with progress(run, steps) as report:
-            while run.step < steps and not interrupted:
+    with interruptible() as interrupted:
+        with progress(run.name, run.step, steps, numbers) as report:
+            while run.step < steps and not interrupted():
                 run.train_step(data)
-                report()
+                report(run.step)
                 if run.step % SAVE_EVERY == 0:
                     save()
         save()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return not interrupted
+        return not interrupted()
 
 
 def interleaved(vocab_size: int, config: dict[str, Any], data: Tensor) -> list[float]:
@@ -356,58 +295,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("text", nargs="?", type=Path, default=BOOK, help=f"UTF-8 text file (default {BOOK.name})")
-    for name, default, meaning in OPTIONS:
-        # None tells an option that was not given, which a checkpoint may then decide.
-        cells = ["rnn", "gru", "lstm"] if name == "cell" else None
-        flag, text = f"--{name.replace('_', '-')}", f"{meaning} (default {default})"
-        add(flag, type=type(default), choices=cells, help=text)
+    add_options(parser, OPTIONS)
     both = "train with torch.nn, with fastrnn, or with one after the other (default both)"
     add("--backend", choices=["torch", "fastrnn", "both"], default="both", help=both)
-    when = f"save here every {SAVE_EVERY} steps, at the end and on Ctrl-C"
-    add("--checkpoint", type=Path, metavar="PATH", help=f"{when} (default that of --resume)")
-    add("--resume", type=Path, metavar="PATH", help="go on from this checkpoint")
-    add("--plot", type=Path, metavar="PATH", help="draw the loss curves here (.png, .pdf or .svg)")
     add("--write", type=int, default=500, metavar="N", help="characters to write (default 500)")
     add("--prompt", metavar="TEXT", help="what the writing goes on from (default a new line)")
     add("--temperature", type=float, default=0.7, help="of the writing (default 0.7)")
     args = parser.parse_args(argv)
-    args.checkpoint = args.checkpoint or args.resume
-
-    # What would fail after the training is found before it.
-    for name, value in vars(args).items():
-        low, high = 0 if name in ("dropout", "seed", "write") else 1e-6, math.inf
-        if isinstance(value, int | float) and not low <= value < (1 if name == "dropout" else high):
-            parser.error(f"--{name.replace('_', '-')} cannot be {value}")
-    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
-    for path in args.checkpoint, args.plot:
-        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            fail(f"cannot save {path}: no such folder, or not writable")
-    for module in ["rich", "matplotlib"] if args.plot else ["rich"]:
-        if importlib.util.find_spec(module) is None:
-            fail(f"{module} is missing: pip install 'fastrnn[demo]'")
+    check_options(parser, args, ("write",))
     if args.backend != "torch" and importlib.util.find_spec("fastrnn") is None:
         fail("fastrnn is not installed; --backend torch goes without")
     return args
 
 
-def configure(args: argparse.Namespace, resumed: dict[str, Any] | None) -> dict[str, Any]:
-    """What was given, else what the checkpoint was trained with, else the defaults."""
-    config = {name: default for name, default, _ in OPTIONS}
-    config.update(resumed["config"] if resumed else {})
-    for name, kept in config.items():
-        given = getattr(args, name)
-        if resumed and name != "steps" and given not in (None, kept):
-            flag = "--" + name.replace("_", "-")
-            fail(f"{args.resume} was trained with {flag} {kept}, not {given}")
-        config[name] = kept if given is None else given
-    return config
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    resumed = load_checkpoint(args.resume) if args.resume else None
-    config = configure(args, resumed)
+    resumed = load_checkpoint(args.resume, "char_lm", OPTIONS) if args.resume else None
+    config = configure(args, OPTIONS, resumed)
     text = read_text(args.text, config)
     vocab, digest = "".join(sorted(set(text))), hashlib.sha256(text.encode()).hexdigest()
     if resumed and digest != resumed["text"]:

@@ -14,12 +14,15 @@ import torch
 pytest.importorskip("rich", reason="the examples need the extra fastrnn[demo]")
 pytest.importorskip("matplotlib", reason="the examples need the extra fastrnn[demo]")
 
-CHAR_LM = Path(__file__).parent.parent / "examples" / "char_lm.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CHAR_LM = EXAMPLES / "char_lm.py"
 SMALL = ["--hidden", "12", "--embedding", "6", "--batch-size", "4", "--seq-len", "10"]
 
-spec = importlib.util.spec_from_file_location("char_lm", CHAR_LM)
-char_lm = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(char_lm)
+# As if they were run: what they share lies beside them.
+sys.path.insert(0, str(EXAMPLES))
+import char_lm  # noqa: E402
+import forecast  # noqa: E402
+import training  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +154,7 @@ def test_char_lm_saves_on_interrupt(text, tmp_path):
 
 def test_char_lm_keeps_the_old_checkpoint_if_saving_fails(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
-    char_lm.save_checkpoint(path, {"step": 1})
+    training.save_checkpoint(path, {"step": 1})
 
     def disk_full(_, file):
         file.write(b"half of it")
@@ -159,7 +162,7 @@ def test_char_lm_keeps_the_old_checkpoint_if_saving_fails(tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(SystemExit, match=r"cannot save the checkpoint .*No space left"):
-        char_lm.save_checkpoint(path, {"step": 2})
+        training.save_checkpoint(path, {"step": 2})
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert os.listdir(tmp_path) == ["model.pt"]
 
@@ -215,3 +218,79 @@ def test_char_lm_says_which_extra_is_missing(monkeypatch):
     )
     with pytest.raises(SystemExit, match=r"rich is missing: pip install 'fastrnn\[demo\]'"):
         run("--backend", "torch")
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_forecast_beats_the_naive_forecast(cell, tmp_path, capsys):
+    plot = tmp_path / "forecast.png"
+    run_forecast("--cell", cell, "--hidden", "16", "--steps", "200", "--plot", plot)
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith("  ")]
+    model, this_year, _ = (float(row[-forecast.CYCLE]) for row in rows)
+    assert model < 0.75 * this_year, out
+    assert "200/200" in out and plot.read_bytes().startswith(b"\x89PNG")
+
+
+def run_forecast(*args):
+    forecast.main([str(arg) for arg in args])
+
+
+def test_forecast_knows_only_the_past():
+    """A forecast does not change with the years after it, nor does what it learns from."""
+    series = forecast.Series(forecast.SERIES)
+    model = forecast.Forecaster(torch.nn.GRU, 5)
+    before = forecast.forecasts(model, series, 4)
+    numbers = series.network()[: series.train].clone()
+    series.values[series.validation :] += 100
+    after = forecast.forecasts(model, series, 4)
+    assert torch.equal(before[: series.validation], after[: series.validation])
+    assert not torch.equal(before, after)
+    assert torch.equal(numbers, series.network()[: series.train])
+
+
+def test_forecast_errors_are_those_of_a_loop():
+    series = forecast.Series(forecast.SERIES)
+    predicted = forecast.naive(series, 3)
+    for ahead, error in enumerate(forecast.errors(predicted, series, 250, 309), 1):
+        pairs = zip(series.values[250 - ahead : -ahead], series.values[250:], strict=True)
+        squares = [(a - b).item() ** 2 for a, b in pairs]
+        assert error == pytest.approx((sum(squares) / len(squares)) ** 0.5)
+
+
+def test_forecast_resumes_exactly(tmp_path):
+    options = ["--hidden", "8", "--window", "20", "--clip-value", "0.1"]
+    whole, half, rest = (tmp_path / name for name in ("whole.pt", "half.pt", "rest.pt"))
+    run_forecast(*options, "--steps", "60", "--checkpoint", whole)
+    run_forecast(*options, "--steps", "25", "--checkpoint", half)
+    run_forecast("--steps", "60", "--resume", half, "--checkpoint", rest)
+    first, second = (torch.load(path, weights_only=True) for path in (whole, rest))
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 60
+    for name, weight in first["model"].items():
+        assert torch.equal(weight, second["model"][name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere.csv"], r"nowhere.csv: expected a line of names"),
+        (["words.csv"], r"words.csv: expected a line of names.*could not convert"),
+        (["short.csv"], r"short.csv has 7 values to learn from, not more than a --window of 48"),
+    ],
+)
+def test_forecast_error_messages(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("words.csv").write_text("year,value\n1900,many\n", encoding="utf-8")
+    Path("short.csv").write_text("year,value\n" + "1900,1\n" * 10, encoding="utf-8")
+    with pytest.raises(SystemExit, match=message):
+        run_forecast(*options, "--steps", "2")
+
+
+def test_gradients_are_clipped():
+    model = torch.nn.Linear(3, 3)
+    for weight in model.parameters():
+        weight.grad = torch.full_like(weight, 10.0)
+    training.clip(model, {"clip_value": 2.0, "clip_norm": 0.0})
+    assert all((weight.grad == 2).all() for weight in model.parameters())
+    training.clip(model, {"clip_value": 0.0, "clip_norm": 1.0})
+    norm = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(1.0, rel=1e-4)

@@ -1,0 +1,216 @@
+#!/usr/bin/env python
+"""Forecast a time series, the sunspots of each year since 1700, one year ahead and eleven.
+
+    LSTM (or GRU, or RNN) -> linear -> next year's number
+
+The series is split in time order: the network learns from the first years, the weights are those
+of the step that did best in the years after, and it is judged by the last years, which nothing else
+has seen. It is held against the naive forecast, next year as this one, and against the same year of
+the cycle before, eleven years ago. Farther ahead it reads its own forecasts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from training import (
+    CLIP,
+    Option,
+    Training,
+    add_options,
+    check_options,
+    configure,
+    fail,
+    load_checkpoint,
+)
+
+SERIES = Path(__file__).parent / "data" / "sunspots.csv"
+OPTIONS: list[Option] = [
+    ("cell", "lstm", "the recurrent layer"),
+    ("hidden", 32, "its hidden_size"),
+    ("window", 48, "years of a training sequence"),
+    ("batch_size", 32, "sequences of a training step, from anywhere in the training years"),
+    ("lr", 3e-3, "Adam's learning rate"),
+    ("seed", 0, "of the initial weights and the choice of sequences"),
+    ("steps", 600, "training steps in all, those of a resumed checkpoint included"),
+    *CLIP,
+]
+TRAIN, VALIDATION = 0.7, 0.85
+"""Where in the series the training years end, and where those end by which weights are chosen."""
+
+CYCLE = 11
+
+
+class Forecaster(nn.Module):
+    def __init__(self, rnn: type[nn.Module], hidden: int) -> None:
+        super().__init__()
+        self.rnn = rnn(1, hidden)
+        self.linear = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """x: [T, B, 1]. Returns of each value the change to the next, and the state."""
+        output, state = self.rnn(x, state)
+        return self.linear(output), state
+
+
+class Series:
+    """Numbers in time order, to a network in units of how the training years scatter."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.reader(file))[1:]
+            self.times = [int(row[0]) for row in rows]
+            self.values = torch.tensor([float(row[1]) for row in rows])
+        except (OSError, ValueError, IndexError) as error:
+            fail(f"{path}: expected a line of names, then lines of a year and a value: {error}")
+        self.train, self.validation = (round(part * len(rows)) for part in (TRAIN, VALIDATION))
+        self.mean, self.scale = self.values[: self.train].mean(), self.values[: self.train].std()
+
+    def network(self) -> Tensor:
+        return ((self.values - self.mean) / self.scale)[:, None, None]
+
+
+@torch.no_grad()
+def forecasts(model: Forecaster, series: Series, ahead: int) -> Tensor:
+    """From each time but the last on, the next ``ahead`` values: ``[T - 1, ahead]``."""
+    x = series.network()[:-1]
+    # All that a time knows is the state there: of each prefix of the series the last.
+    states, state, steps = [], None, []
+    for t in range(len(x)):
+        change, state = model(x[t : t + 1], state)
+        states.append(state)
+        steps.append(x[t] + change[0])
+    value = torch.stack(steps, 1)
+    parts = zip(*((s,) if isinstance(s, Tensor) else s for s in states), strict=True)
+    joined = tuple(torch.cat(part, 1) for part in parts)
+    state = joined if len(joined) > 1 else joined[0]
+    found = [value]
+    for _ in range(ahead - 1):
+        change, state = model(found[-1], state)
+        found.append(found[-1] + change)
+    return torch.cat(found)[:, :, 0].t() * series.scale + series.mean
+
+
+def errors(predicted: Tensor, series: Series, first: int, last: int) -> list[float]:
+    """Root mean square of the errors by years ahead, of forecasts of the times [first, last)."""
+    found = []
+    for ahead in range(1, predicted.shape[1] + 1):
+        origins = torch.arange(first - ahead, last - ahead)
+        wrong = predicted[origins, ahead - 1] - series.values[origins + ahead]
+        found.append(wrong.square().mean().sqrt().item())
+    return found
+
+
+def naive(series: Series, ahead: int, cycle: int = 1) -> Tensor:
+    """As ``forecasts``: the last value known of the same place in the cycle."""
+    origins = torch.arange(len(series.values) - 1)
+    back = [cycle * -(-k // cycle) - k for k in range(1, ahead + 1)]
+    return torch.stack([series.values[(origins - b).clamp_min(0)] for b in back], 1)
+
+
+def plot(
+    path: Path, series: Series, predicted: Tensor, curves: dict[str, list[float]], title: str
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 4.2), width_ratios=(2, 1), layout="constrained"
+    )
+    begin = series.train - 20
+    left.plot(series.times[begin:], series.values[begin:], color="#1d3557", label="sunspots")
+    left.plot(
+        series.times[series.train :],
+        predicted[series.train - 1 :, 0],
+        color="#e76f51",
+        ls="--",
+        label="forecast a year before",
+    )
+    for at, what in ((series.train, "validation"), (series.validation, "test")):
+        left.axvline(series.times[at], color="0.6", lw=1)
+        left.text(series.times[at] + 0.5, left.get_ylim()[1] * 0.95, what, color="0.4")
+    left.set(xlabel="year", ylabel="sunspots")
+    for (name, values), color in zip(
+        curves.items(), ("#e76f51", "#1d3557", "#8d99ae"), strict=True
+    ):
+        right.plot(range(1, len(values) + 1), values, label=name, color=color, marker=".")
+    right.set(xlabel="years ahead", ylabel="root mean square error, test years", ylim=(0, None))
+    for panel in (left, right):
+        panel.legend(frameon=False)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontweight="bold")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    what = f"a CSV file of a line of names, then times and values (default {SERIES.name})"
+    parser.add_argument("series", nargs="?", type=Path, default=SERIES, help=what)
+    add_options(parser, OPTIONS)
+    args = parser.parse_args(argv)
+    check_options(parser, args)
+    resumed = load_checkpoint(args.resume, "forecast", OPTIONS) if args.resume else None
+    config = configure(args, OPTIONS, resumed)
+    series = Series(args.series)
+    window, T = config["window"], series.train
+    if window >= T or series.validation - T < 2 or T - 1 < CYCLE:
+        fail(f"{args.series} has {T} values to learn from, not more than a --window of {window}")
+
+    torch.manual_seed(config["seed"])
+    rnn = getattr(importlib.import_module("fastrnn"), config["cell"].upper())
+    training = Training("forecast", model := Forecaster(rnn, config["hidden"]), config)
+    if resumed:
+        training.load(resumed)
+    numbers = series.network()[:T, 0, 0]
+    sequences = numbers.unfold(0, window + 1, 1).t()[:, :, None]  # [window + 1, how many, 1]
+
+    def loss_of_a_batch() -> Tensor:
+        batch = sequences[:, torch.randint(sequences.shape[1], (config["batch_size"],))]
+        change, _ = model(batch[:-1])
+        loss: Tensor = nn.functional.mse_loss(batch[:-1] + change, batch[1:])
+        return loss
+
+    def validate() -> float:
+        return errors(forecasts(model, series, 1), series, T, series.validation)[0]
+
+    last = len(series.values)
+    years = (
+        f"{series.times[0]} to {series.times[T - 1]}, tested {series.times[series.validation]} on"
+    )
+    print(f"{args.series.name}: {last} values; learnt from {years}", flush=True)
+    training.run(loss_of_a_batch, validate, 20, args.checkpoint)
+
+    predicted = forecasts(model, series, CYCLE)
+    test = (series, series.validation, last)
+    curves = {
+        f"{rnn.__name__}({config['hidden']})": errors(predicted, *test),
+        "as this year": errors(naive(series, CYCLE), *test),
+        f"as {CYCLE} years before": errors(naive(series, CYCLE, CYCLE), *test),
+    }
+    print(f"\nroot mean square error in the test years, {CYCLE} years ahead and fewer")
+    for name, values in curves.items():
+        print(f"  {name:20}" + " ".join(f"{value:5.1f}" for value in values))
+    ours, this_year, _ = curves.values()
+    title = f"One year ahead the error is {ours[0]:.1f}, of the naive forecast {this_year[0]:.1f}"
+    print(f"\n{title}.")
+    if args.plot:
+        plot(args.plot, series, predicted, curves, title)
+        print(f"Drawn in {args.plot}.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
