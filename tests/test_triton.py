@@ -200,6 +200,27 @@ def test_infinite_numbers_at_odd_sizes(
             torch.testing.assert_close(actual[name], e, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@triton.jit
+def _split(order, into, SLOTS: tl.constexpr, LO: tl.constexpr):
+    column = tl.arange(0, 8 * SLOTS)
+    slot, unit = sequence.slots_of(column, 8, SLOTS, LO)
+    tl.store(order + column, slot * 8 + unit)
+    tile = tl.arange(0, 2)[:, None] * 1000 + (slot * 8 + unit)[None, :]
+    tiles = sequence.split_slots(tile, 2, 8, SLOTS, LO)
+    at = tl.arange(0, 2)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    for k in tl.static_range(SLOTS):
+        tl.store(into + k * 16 + at, tiles[k])
+
+
+@pytest.mark.parametrize("slots,lo", [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
+def test_columns_are_split_into_slots(slots: int, lo: int) -> None:
+    order, into = torch.empty(8 * slots, dtype=torch.int32), torch.empty(slots, 2, 8).int()
+    _split[(1,)](order, into, slots, lo)
+    assert order.sort().values.equal(torch.arange(8 * slots).int())
+    first = torch.arange(8 * slots).view(slots, 8)
+    assert into.equal(torch.stack([first, first + 1000], 1).int())
+
+
 # The device-wide barrier, for real
 
 

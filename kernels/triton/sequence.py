@@ -136,9 +136,16 @@ def split_slots(
     tile, ROWS: tl.constexpr, UNITS: tl.constexpr, SLOTS: tl.constexpr, LO: tl.constexpr
 ):
     """``[ROWS, SLOTS * UNITS]`` in the order of ``slots_of`` as SLOTS tiles ``[ROWS, UNITS]``."""
-    tl.static_assert(SLOTS == 1 or SLOTS == 4)
+    tl.static_assert(SLOTS == 1 or SLOTS == 2 or SLOTS == 4)
     if SLOTS == 1:
         slots = (tile,)
+    elif SLOTS == 2:
+        if LO == 1:
+            tile = tl.permute(tl.reshape(tile, (ROWS, 2, UNITS)), (0, 2, 1))
+        else:
+            tile = tl.reshape(tile, (ROWS, UNITS, 2))
+        a, b = tl.split(tile)
+        slots = (a, b)
     else:
         if LO == 1:
             tile = tl.permute(tl.reshape(tile, (ROWS, 2, 2, UNITS)), (0, 3, 1, 2))
