@@ -14,10 +14,11 @@ pip := $(bin)/python -m pip install -qq
 pytest := $(bin)/pytest -q
 csrc := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc)
 extension := build/extension-$(notdir $(VENV))
+junctions := build/usr/lib/R/site-library/mlbench/data/DNA.rda
 selftest := build/selftest-$(notdir $(lastword $(CXX)))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo gallery test heavy test-isa test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
+.PHONY: help demo gallery junctions test heavy test-isa test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
 	wheel aarch64 clean
 
 help: ## list the targets
@@ -26,8 +27,22 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train a small language model with fastrnn and with torch.nn, and plot both
 	$(bin)/python examples/char_lm.py --plot char_lm.png
 
-gallery: $(VENV)/.demo ## run the examples, and draw the plots of docs/examples
+gallery: $(VENV)/.examples $(junctions) ## run the examples, and draw the plots of docs/examples
+	$(bin)/python examples/char_lm.py --plot docs/examples/char_lm.png
+	$(bin)/python examples/gradients.py --plot docs/examples/gradients.png
+	$(bin)/python examples/one_step.py --plot docs/examples/one_step.png
+	$(bin)/python examples/melody.py --plot docs/examples/melody.png
+	$(bin)/python examples/classify.py --task sentiment --plot docs/examples/sentiment.png
+	$(bin)/python examples/classify.py --task dna $(junctions) --cell gru --hidden 32 --embedding 8 --dropout 0.2 \
+		--steps 2000 --plot docs/examples/dna.png
+	$(bin)/python examples/tag.py --plot docs/examples/tag.png
+	$(bin)/python examples/translate.py --plot docs/examples/translate.png
 	$(bin)/python examples/forecast.py --cell gru --plot docs/examples/forecast.png
+
+# What may not be shipped: the data frame DNA of R's package mlbench.
+junctions: $(junctions) ## fetch the DNA that examples/classify.py learns, from Debian
+$(junctions):
+	mkdir -p build && cd build && apt-get download r-cran-mlbench && dpkg -x r-cran-mlbench_*.deb .
 
 test: $(VENV)/.dev ## run the tests, but for the heavy ones
 	$(pytest) -n 2 -m "not heavy" tests --cov
@@ -138,7 +153,7 @@ $(extension): setup.py $(filter-out csrc/selftest.cpp, $(csrc)) | $(VENV)/.torch
 	@mkdir -p build && touch $@
 
 # pip would compile the extension once more, and at every change of pyproject.toml.
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(extension)
+$(VENV)/.demo $(VENV)/.examples $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(extension)
 	FASTRNN_NO_CPP=1 $(pip) --no-build-isolation --editable '.[$*]'
 	@touch $@
 

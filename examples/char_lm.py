@@ -7,6 +7,9 @@ Both trainings start from the same seed and see the same batches. So their loss 
 coincide, and only the time differs: the program checks the first, measures the second, and lets
 the trained model write. The time is that of a whole training step, with the embedding, the linear
 layer, clipping and Adam. It reads any UTF-8 text file; without one it reads Paradise Lost.
+Under torchrun the processes share each batch:
+
+    torchrun --nproc-per-node 2 examples/char_lm.py
 """
 
 from __future__ import annotations
@@ -14,46 +17,54 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import importlib
-import importlib.util
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
+from processes import Processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import (
+    CELL,
+    CLIP,
+    LR,
     SAVE_EVERY,
+    SEED,
     Option,
     add_options,
     check_options,
+    clip,
     configure,
     fail,
+    figure,
     interruptible,
     load_checkpoint,
     progress,
+    run_program,
     save_checkpoint,
+    steps,
 )
 
+import fastrnn
+
 BOOK = Path(__file__).parent / "data" / "paradise_lost.txt"
-# The options that a checkpoint keeps: name, default, meaning.
-OPTIONS: list[Option] = [
-    ("cell", "lstm", "the recurrent layer"),
-    ("hidden", 256, "its hidden_size"),
-    ("layers", 1, "its num_layers"),
-    ("embedding", 64, "its input_size, the size of a character's embedding"),
-    ("dropout", 0.0, "dropout on its input and output"),
-    ("batch_size", 32, "contiguous streams of the text that are read side by side"),
-    ("seq_len", 128, "characters per training step and stream"),
-    ("lr", 3e-3, "Adam's learning rate"),
-    ("seed", 0, "of the initial weights, of dropout and of the writing"),
-    ("steps", 500, "training steps in all, those of a resumed checkpoint included"),
+OPTIONS = [
+    CELL,
+    Option("hidden", 256, "its hidden_size"),
+    Option("layers", 1, "its num_layers"),
+    Option("embedding", 64, "its input_size, the size of a character's embedding"),
+    Option("dropout", 0.0, "dropout on its input and output"),
+    Option("batch_size", 32, "contiguous streams of the text that are read side by side"),
+    Option("seq_len", 128, "characters per training step and stream"),
+    LR,
+    SEED,
+    steps(500),
+    *CLIP,
 ]
-CLIP = 1.0
 
 # When do two curves coincide? Two right float32 trainings round differently. At first that stays
 # tiny (torch's oneDNN LSTM against torch's native one: 5e-7 in the loss, 8e-6 in the gradient norm
@@ -83,15 +94,20 @@ class CharLM(nn.Module):
 class Run:
     """One training: everything that a later training step depends on, and what came out so far."""
 
-    def __init__(self, backend: str, vocab_size: int, config: dict[str, Any]) -> None:
-        module = nn if backend == "torch" else importlib.import_module(backend)
-        rnn = getattr(module, config["cell"].upper())
+    def __init__(
+        self, backend: str, vocab_size: int, config: dict[str, Any], processes: Processes
+    ) -> None:
+        rnn = getattr(nn if backend == "torch" else fastrnn, config["cell"].upper())
         self.name = f"{'torch.nn' if backend == 'torch' else backend}.{rnn.__name__}"
-        self.config = config
+        self.config, self.processes = config, processes
         torch.manual_seed(config["seed"])
-        self.model = CharLM(rnn, vocab_size, config)
+        model = CharLM(rnn, vocab_size, config)
+        self.rnn = model.rnn
+        self.model = processes.parallel(model)
+        torch.manual_seed(config["seed"] + processes.rank)  # dropout differs, the weights do not
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config["lr"])
         self.hidden: Hidden = None
+        self.windows: Iterator[tuple[Tensor, Hidden]] | None = None
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.seconds: list[float] = []
@@ -101,43 +117,54 @@ class Run:
         return len(self.losses)
 
     def state(self) -> dict[str, Any]:
+        whole = self.processes.whole
+        parts = self.hidden if isinstance(self.hidden, tuple) else (self.hidden,)
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),  # for dropout
+            **self.processes.state(self.model, self.optimizer),
+            "rng": whole(torch.get_rng_state()[None], 0),  # for dropout, of each process
             "step": self.step,
-            **{key: getattr(self, key) for key in ("hidden", "losses", "norms", "seconds")},
+            "hidden": [whole(part, 1) for part in parts if part is not None],
+            **{key: getattr(self, key) for key in ("losses", "norms", "seconds")},
         }
 
     def load(self, state: dict[str, Any]) -> None:
         state = copy.deepcopy(state)  # the optimizer would go on to write into it
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        self.hidden, self.losses = state["hidden"], state["losses"]
-        self.norms, self.seconds = state["norms"], state["seconds"]
+        self.processes.load(self.model, self.optimizer, state)
+        if self.processes.rank < len(state["rng"]):
+            torch.set_rng_state(state["rng"][self.processes.rank])
+        device = self.processes.device
+        hidden = tuple(self.processes.share(part, 1).to(device) for part in state["hidden"])
+        self.hidden = hidden if len(hidden) > 1 else hidden[0] if hidden else None
+        self.losses, self.norms, self.seconds = state["losses"], state["norms"], state["seconds"]
+
+    def through_time(self, data: Tensor) -> Iterator[tuple[Tensor, Hidden]]:
+        """The losses of one window of this process's streams after the other, without an end."""
+        T = self.config["seq_len"]
+        mine = self.processes.share(data, 1).to(self.processes.device)
+        last = (len(data) - 1) // T * T
+        begin = self.step * T % last
+
+        def loss(x: Tensor, y: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
+            logits, hidden = self.model(x, hidden)
+            return F.cross_entropy(logits.flatten(0, 1), y.flatten()), hidden
+
+        while True:
+            # The state goes on into the next window, its gradient does not; at the first
+            # characters of the streams there is none.
+            windows = (mine[begin:last], mine[begin + 1 : last + 1])
+            yield from fastrnn.tbptt(loss, windows, T, self.hidden if begin else None)
+            begin = 0
 
     def train_step(self, data: Tensor) -> None:
-        """Truncated backpropagation through time over the next window of data [N, B]."""
+        """Truncated back-propagation through time over the next window of data [N, B]."""
         began = time.perf_counter()
-        seq_len = self.config["seq_len"]
-        start = self.step % ((len(data) - 1) // seq_len) * seq_len
-        if start == 0:  # every stream is at its first character again
-            self.hidden = None
-        x, y = data[start : start + seq_len], data[start + 1 : start + seq_len + 1]
+        self.windows = self.windows or self.through_time(data)
         self.optimizer.zero_grad()
-        logits, hidden = self.model(x, self.hidden)
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        loss, self.hidden = next(self.windows)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.norms.append(clip(self.model, self.config))
         self.optimizer.step()
-        # The state goes on into the next window, its gradient does not.
-        if isinstance(hidden, tuple):
-            self.hidden = hidden[0].detach(), hidden[1].detach()
-        else:
-            self.hidden = hidden.detach()
-        self.losses.append(loss.item())
-        self.norms.append(norm.item())
+        self.losses.append(self.processes.mean(loss))
         self.seconds.append(time.perf_counter() - began)
 
     @torch.no_grad()
@@ -145,6 +172,7 @@ class Run:
         """Mean cross-entropy per character, in nats, reading ids with the state carried on."""
         seq_len = self.config["seq_len"]
         data = streams(ids, max(1, min(self.config["batch_size"], len(ids) // (seq_len + 1))))
+        data = data.to(self.processes.device)
         self.model.eval()
         total, hidden = 0.0, None
         for start in range(0, len(data) - 1, seq_len):
@@ -161,8 +189,8 @@ class Run:
         self.model.eval()
         ids, hidden, written = prompt[:, None], None, []
         for _ in range(length):
-            logits, hidden = self.model(ids, hidden)
-            p = torch.softmax(logits[-1] / temperature, -1)
+            logits, hidden = self.model(ids.to(self.processes.device), hidden)
+            p = torch.softmax(logits[-1].cpu() / temperature, -1)
             ids = torch.multinomial(p, 1, generator=generator)
             written.append(int(ids))
         self.model.train()
@@ -197,18 +225,20 @@ def train(run: Run, data: Tensor, steps: int, save: Callable[[], None]) -> bool:
 
     with interruptible() as interrupted:
         with progress(run.name, run.step, steps, numbers) as report:
-            while run.step < steps and not interrupted():
+            while run.step < steps and not run.processes.any(interrupted()):
                 run.train_step(data)
                 report(run.step)
                 if run.step % SAVE_EVERY == 0:
                     save()
         save()
-        return not interrupted()
+        return run.step >= steps
 
 
-def interleaved(vocab_size: int, config: dict[str, Any], data: Tensor) -> list[float]:
+def interleaved(
+    vocab_size: int, config: dict[str, Any], data: Tensor, processes: Processes
+) -> list[float]:
     """Median seconds per step of both, taking turns, so that both meet the same other load."""
-    runs = [Run(backend, vocab_size, config) for backend in ("torch", "fastrnn")]
+    runs = [Run(backend, vocab_size, config, processes) for backend in ("torch", "fastrnn")]
     for _ in range(35):
         for run in runs:
             run.train_step(data)
@@ -257,31 +287,20 @@ def print_table(runs: list[Run], nats: list[float]) -> None:
 
 
 def plot(path: Path, runs: list[Run], step_seconds: list[float], title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for run, seconds, (color, width, dash) in zip(
-        runs, step_seconds, [("#f4a261", 6.0, "-"), ("#1d3557", 1.5, "--")], strict=False
-    ):
-        # A running mean, because single batches scatter by more than the curve falls.
-        window = max(1, run.step // 100)
-        loss = torch.tensor(run.losses).unfold(0, window, 1).mean(1)
-        step = torch.arange(window, run.step + 1)
-        label, style = f"{run.name}, {1e3 * seconds:.1f} ms a step", {"lw": width, "ls": dash}
-        panels[0].plot(step, loss, label=run.name, color=color, **style)
-        panels[1].plot(step * seconds, loss, label=label, color=color, **style)
-    panels[0].set(xlabel="training step", ylabel="training loss, nats per character")
-    panels[1].set(xlabel="seconds, at the median time of a step")
-    for panel in panels:
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False, handlelength=4)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontweight="bold")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    styles = [("#f4a261", 6.0, "-"), ("#1d3557", 1.5, "--")]
+    with figure(path, title, 1, 2, figsize=(11, 4.5), sharey=True) as (left, right):
+        for run, seconds, (color, lw, ls) in zip(runs, step_seconds, styles, strict=False):
+            # A running mean, because single batches scatter by more than the curve falls.
+            window = max(1, run.step // 100)
+            loss = torch.tensor(run.losses).unfold(0, window, 1).mean(1)
+            step = torch.arange(window, run.step + 1)
+            label = f"{run.name}, {1e3 * seconds:.1f} ms a step"
+            left.plot(step, loss, label=run.name, color=color, lw=lw, ls=ls)
+            right.plot(step * seconds, loss, label=label, color=color, lw=lw, ls=ls)
+        left.set(xlabel="training step", ylabel="training loss, nats per character")
+        right.set(xlabel="seconds, at the median time of a step")
+        for panel in (left, right):
+            panel.grid(alpha=0.3)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -301,17 +320,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--write", type=int, default=500, metavar="N", help="characters to write (default 500)")
     add("--prompt", metavar="TEXT", help="what the writing goes on from (default a new line)")
     add("--temperature", type=float, default=0.7, help="of the writing (default 0.7)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where it runs (default cpu)")
+    add("--fsdp", action="store_true", help="under torchrun, cut the parameters among processes")
     args = parser.parse_args(argv)
-    check_options(parser, args, ("write",))
-    if args.backend != "torch" and importlib.util.find_spec("fastrnn") is None:
-        fail("fastrnn is not installed; --backend torch goes without")
+    check_options(parser, args, OPTIONS, ("write",))
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    with Processes(args.device, args.fsdp) as processes:
+        run_on(args, processes)
+
+
+def run_on(args: argparse.Namespace, processes: Processes) -> None:
     resumed = load_checkpoint(args.resume, "char_lm", OPTIONS) if args.resume else None
     config = configure(args, OPTIONS, resumed)
+    if config["batch_size"] % processes.size:
+        fail(f"--batch-size {config['batch_size']} cannot be shared by {processes.size} processes")
     text = read_text(args.text, config)
     vocab, digest = "".join(sorted(set(text))), hashlib.sha256(text.encode()).hexdigest()
     if resumed and digest != resumed["text"]:
@@ -327,14 +353,14 @@ def main(argv: list[str] | None = None) -> None:
     model = f"{layers}{config['cell'].upper()}({config['embedding']}, {config['hidden']})"
     batch = f"batches of {config['batch_size']} x {config['seq_len']}"
     print(f"{args.text.name}: {len(text):,} characters, {len(vocab)} different", flush=True)
-    print(
-        f"{model}, {batch}, seed {config['seed']}, threads {torch.get_num_threads()}\n", flush=True
-    )
+    on = f"threads {torch.get_num_threads()}"
+    on += f" in each of {processes.size} processes" if processes.started else ""
+    print(f"{model}, {batch}, seed {config['seed']}, {on}\n", flush=True)
 
     states = resumed["runs"] if resumed else {}
     runs: list[Run] = []
     for backend in ["torch", "fastrnn"] if args.backend == "both" else [args.backend]:
-        runs.append(run := Run(backend, len(vocab), config))
+        runs.append(run := Run(backend, len(vocab), config, processes))
         if backend in states:
             run.load(states[backend])
         elif states and args.backend != "both":
@@ -344,7 +370,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.checkpoint:
                 states[backend] = run.state()
                 content = {"program": "char_lm", "config": config, "text": digest}
-                save_checkpoint(args.checkpoint, {**content, "runs": states})
+                if processes.rank == 0:
+                    save_checkpoint(args.checkpoint, {**content, "runs": states})
 
         if not train(run, data, config["steps"], save):
             where = f"go on with --resume {args.checkpoint}" if args.checkpoint else "nothing saved"
@@ -357,18 +384,17 @@ def main(argv: list[str] | None = None) -> None:
     step_seconds = [median(run.seconds) for run in runs]
     if len(runs) == 2:
         coincide = compare_curves(runs)
-        step_seconds = interleaved(len(vocab), config, data)
+        step_seconds = interleaved(len(vocab), config, data, processes)
         ratio = step_seconds[0] / step_seconds[1]
         times = " and ".join(f"{1e3 * seconds:.2f} ms" for seconds in step_seconds)
         print(f"\nA whole training step, the two taking turns (medians of 30): {times}.")
         print(f"{runs[1].name} is {ratio:.2f} times as fast as {runs[0].name}.")
-        x = torch.zeros(config["seq_len"], config["batch_size"], config["embedding"])
-        why = importlib.import_module("fastrnn").explain(runs[1].model.rnn, x)
-        print(f"It ran on the backend {why}.")
+        sizes = config["seq_len"], config["batch_size"] // processes.size, config["embedding"]
+        x = torch.zeros(*sizes, device=processes.device)
+        print(f"It ran on the backend {fastrnn.explain(runs[1].rnn, x)}.")
         title += f": a training step is {ratio:.2f} times as fast with fastrnn"
-    if args.plot:
+    if args.plot and processes.rank == 0:
         plot(args.plot, runs, step_seconds, title)
-        print(f"\nThe curves are drawn in {args.plot}.")
     if args.write:
         ids = torch.tensor([index[character] for character in prompt])
         written = runs[-1].write(ids, args.write, args.temperature)
@@ -379,7 +405,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_program(main)

@@ -13,32 +13,39 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from training import (
+    BLUE,
+    CELL,
     CLIP,
+    GREY,
+    LR,
+    RED,
+    SEED,
     Option,
     Training,
-    add_options,
-    check_options,
-    configure,
     fail,
-    load_checkpoint,
+    figure,
+    run_program,
+    start,
+    steps,
 )
 
+import fastrnn
+
 SERIES = Path(__file__).parent / "data" / "sunspots.csv"
-OPTIONS: list[Option] = [
-    ("cell", "lstm", "the recurrent layer"),
-    ("hidden", 32, "its hidden_size"),
-    ("window", 48, "years of a training sequence"),
-    ("batch_size", 32, "sequences of a training step, from anywhere in the training years"),
-    ("lr", 3e-3, "Adam's learning rate"),
-    ("seed", 0, "of the initial weights and the choice of sequences"),
-    ("steps", 600, "training steps in all, those of a resumed checkpoint included"),
+OPTIONS = [
+    CELL,
+    Option("hidden", 32, "its hidden_size"),
+    Option("window", 48, "years of a training sequence"),
+    Option("batch_size", 32, "sequences of a training step, from anywhere in the training years"),
+    LR,
+    SEED,
+    steps(600),
     *CLIP,
 ]
 TRAIN, VALIDATION = 0.7, 0.85
@@ -118,60 +125,40 @@ def naive(series: Series, ahead: int, cycle: int = 1) -> Tensor:
 def plot(
     path: Path, series: Series, predicted: Tensor, curves: dict[str, list[float]], title: str
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, 4.2), width_ratios=(2, 1), layout="constrained"
-    )
-    begin = series.train - 20
-    left.plot(series.times[begin:], series.values[begin:], color="#1d3557", label="sunspots")
-    left.plot(
-        series.times[series.train :],
-        predicted[series.train - 1 :, 0],
-        color="#e76f51",
-        ls="--",
-        label="forecast a year before",
-    )
-    for at, what in ((series.train, "validation"), (series.validation, "test")):
-        left.axvline(series.times[at], color="0.6", lw=1)
-        left.text(series.times[at] + 0.5, left.get_ylim()[1] * 0.95, what, color="0.4")
-    left.set(xlabel="year", ylabel="sunspots")
-    for (name, values), color in zip(
-        curves.items(), ("#e76f51", "#1d3557", "#8d99ae"), strict=True
-    ):
-        right.plot(range(1, len(values) + 1), values, label=name, color=color, marker=".")
-    right.set(xlabel="years ahead", ylabel="root mean square error, test years", ylim=(0, None))
-    for panel in (left, right):
-        panel.legend(frameon=False)
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontweight="bold")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with figure(path, title, 1, 2, figsize=(12, 4.2), width_ratios=(2, 1)) as (left, right):
+        begin = series.train - 20
+        left.plot(series.times[begin:], series.values[begin:], color=BLUE, label="sunspots")
+        left.plot(
+            series.times[series.train :],
+            predicted[series.train - 1 :, 0],
+            color=RED,
+            ls="--",
+            label="forecast a year before",
+        )
+        for at, what in ((series.train, "validation"), (series.validation, "test")):
+            left.axvline(series.times[at], color="0.6", lw=1)
+            left.text(series.times[at] + 0.5, left.get_ylim()[1] * 0.95, what, color="0.4")
+        left.set(xlabel="year", ylabel="sunspots")
+        for (name, values), color in zip(curves.items(), (RED, BLUE, GREY), strict=True):
+            right.plot(range(1, len(values) + 1), values, label=name, color=color, marker=".")
+        right.set(xlabel="years ahead", ylabel="root mean square error, test years", ylim=(0, None))
+        for panel in (left, right):
+            panel.grid(alpha=0.3)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    what = f"a CSV file of a line of names, then times and values (default {SERIES.name})"
-    parser.add_argument("series", nargs="?", type=Path, default=SERIES, help=what)
-    add_options(parser, OPTIONS)
-    args = parser.parse_args(argv)
-    check_options(parser, args)
-    resumed = load_checkpoint(args.resume, "forecast", OPTIONS) if args.resume else None
-    config = configure(args, OPTIONS, resumed)
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        what = f"a CSV file of a line of names, then times and values (default {SERIES.name})"
+        parser.add_argument("series", nargs="?", type=Path, default=SERIES, help=what)
+
+    args, config, resumed = start("forecast", __doc__, OPTIONS, argv, arguments)
     series = Series(args.series)
     window, T = config["window"], series.train
     if window >= T or series.validation - T < 2 or T - 1 < CYCLE:
         fail(f"{args.series} has {T} values to learn from, not more than a --window of {window}")
 
-    torch.manual_seed(config["seed"])
-    rnn = getattr(importlib.import_module("fastrnn"), config["cell"].upper())
-    training = Training("forecast", model := Forecaster(rnn, config["hidden"]), config)
-    if resumed:
-        training.load(resumed)
+    rnn = getattr(fastrnn, config["cell"].upper())
+    training = Training("forecast", model := Forecaster(rnn, config["hidden"]), config, resumed)
     numbers = series.network()[:T, 0, 0]
     sequences = numbers.unfold(0, window + 1, 1).t()[:, :, None]  # [window + 1, how many, 1]
 
@@ -206,11 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{title}.")
     if args.plot:
         plot(args.plot, series, predicted, curves, title)
-        print(f"Drawn in {args.plot}.")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_program(main)

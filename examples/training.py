@@ -14,19 +14,42 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-Option = tuple[str, Any, str]
-"""Name, default and meaning. A checkpoint keeps the values, and decides those not given."""
-
 SAVE_EVERY = 200
-CLIP: list[Option] = [
-    ("clip_norm", 1.0, "most of the norm of all gradients together; 0 for no limit"),
-    ("clip_value", 0.0, "most of each element of a gradient; 0 for no limit"),
-]
+BLUE, RED, GREY = "#1d3557", "#e76f51", "#8d99ae"
+
+
+class Option(NamedTuple):
+    """One of the model or its training. A checkpoint keeps its value, and decides if none is given.
+
+    A default of zero says that zero is allowed.
+    """
+
+    name: str
+    default: Any
+    meaning: str
+    choices: tuple[str, ...] | None = None
+
+
+CELL = Option("cell", "lstm", "the recurrent layer", ("rnn", "gru", "lstm"))
+LR = Option("lr", 3e-3, "Adam's learning rate")
+SEED = Option("seed", 0, "of all that is random")
+CLIP = (
+    Option("clip_norm", 1.0, "most of the norm of all gradients together; 0 for no limit"),
+    Option("clip_value", 0.0, "most of each element of a gradient; 0 for no limit"),
+)
+
+
+def steps(default: int) -> Option:
+    return Option("steps", default, "training steps in all, those of a resumed checkpoint included")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def fail(message: str) -> NoReturn:
@@ -36,11 +59,10 @@ def fail(message: str) -> NoReturn:
 def add_options(parser: argparse.ArgumentParser, options: list[Option]) -> None:
     """Options of the model and its training, and where to save it and draw its plot."""
     add = parser.add_argument
-    for name, default, meaning in options:
+    for option in options:
         # None tells an option that was not given, which a checkpoint may then decide.
-        cells = ["rnn", "gru", "lstm"] if name == "cell" else None
-        flag, text = f"--{name.replace('_', '-')}", f"{meaning} (default {default})"
-        add(flag, type=type(default), choices=cells, help=text)
+        text = f"{option.meaning} (default {option.default})"
+        add(_flag(option.name), type=type(option.default), choices=option.choices, help=text)
     when = f"save here every {SAVE_EVERY} steps, at the end and on Ctrl-C"
     add("--checkpoint", type=Path, metavar="PATH", help=f"{when} (default that of --resume)")
     add("--resume", type=Path, metavar="PATH", help="go on from this checkpoint")
@@ -48,18 +70,22 @@ def add_options(parser: argparse.ArgumentParser, options: list[Option]) -> None:
 
 
 def check_options(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, from_zero: tuple[str, ...] = ()
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    options: list[Option],
+    from_zero: tuple[str, ...] = (),
 ) -> None:
     """Finds before the training what would fail after it.
 
     Numbers are positive, those named may be zero, and a dropout is less than one.
     """
     args.checkpoint = args.checkpoint or args.resume
-    from_zero = ("dropout", "seed", "clip_norm", "clip_value", *from_zero)
+    zeros = {"clip_norm", *from_zero, *(o.name for o in options if o.default == 0)}
     for name, value in vars(args).items():
-        low, high = 0 if name in from_zero else 1e-6, math.inf
-        if isinstance(value, int | float) and not low <= value < (1 if name == "dropout" else high):
-            parser.error(f"--{name.replace('_', '-')} cannot be {value}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            low, high = 0 if name in zeros else 1e-6, 1 if name == "dropout" else math.inf
+            if not low <= value < high:
+                parser.error(f"{_flag(name)} cannot be {value}")
     if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
     for path in args.checkpoint, args.plot:
@@ -74,15 +100,50 @@ def configure(
     args: argparse.Namespace, options: list[Option], resumed: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What was given, else what the checkpoint was trained with, else the defaults."""
-    config = {name: default for name, default, _ in options}
+    config = {option.name: option.default for option in options}
     config.update(resumed["config"] if resumed else {})
     for name, kept in config.items():
         given = getattr(args, name)
         if resumed and name != "steps" and given not in (None, kept):
-            flag = "--" + name.replace("_", "-")
-            fail(f"{args.resume} was trained with {flag} {kept}, not {given}")
+            fail(f"{args.resume} was trained with {_flag(name)} {kept}, not {given}")
         config[name] = kept if given is None else given
     return config
+
+
+def start(
+    program: str,
+    doc: str | None,
+    options: list[Option],
+    argv: list[str] | None,
+    arguments: Callable[[argparse.ArgumentParser], None] = lambda _: None,
+    from_zero: tuple[str, ...] = (),
+) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any] | None]:
+    """What a program begins with: its arguments, the values of its options, and what it resumes.
+
+    Args:
+        doc: the program's docstring, whose first line says what it does.
+        arguments: adds those that are not options of the training, of which those named
+            ``from_zero`` may be zero.
+    """
+    parser = argparse.ArgumentParser(program, description=(doc or "").partition("\n")[0])
+    arguments(parser)
+    add_options(parser, options)
+    args = parser.parse_args(argv)
+    check_options(parser, args, options, from_zero)
+    resumed = None
+    if args.resume:
+        resumed = {**load_checkpoint(args.resume, program, options), "path": args.resume}
+    config = configure(args, options, resumed)
+    torch.manual_seed(config["seed"])
+    return args, config, resumed
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """The program, without a traceback when Ctrl-C ends it."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -111,9 +172,29 @@ def load_checkpoint(path: Path, program: str, options: list[Option]) -> dict[str
         fail(f"{path} is not a checkpoint, or it is damaged ({type(error).__name__})")
     if not isinstance(checkpoint, dict) or checkpoint.get("program") != program:
         fail(f"{path} is not a checkpoint of this program")
-    if list(checkpoint["config"]) != [name for name, _, _ in options]:
+    if list(checkpoint["config"]) != [option.name for option in options]:
         fail(f"{path} was saved by another version of this program")
     return checkpoint
+
+
+@contextmanager
+def figure(path: Path, title: str, *shape: int, **how: Any) -> Iterator[Any]:
+    """The axes of a new plot, which is saved when they are drawn on, as all examples' look."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    drawn, axes = plt.subplots(*shape, layout="constrained", **how)
+    yield axes
+    for panel in drawn.axes:
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    drawn.suptitle(title, fontweight="bold")
+    drawn.savefig(path, dpi=150)
+    plt.close(drawn)
+    print(f"Drawn in {path}.")
 
 
 @contextmanager
@@ -158,23 +239,36 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def clip(model: nn.Module, config: dict[str, Any]) -> None:
-    """Limits the gradients as the options of CLIP say, first each element and then their norm."""
+def clip(model: nn.Module, config: dict[str, Any]) -> float:
+    """Limits the gradients as the options of CLIP say, first each element and then their norm.
+
+    Returns:
+        The norm before it was limited.
+    """
     if config["clip_value"]:
         nn.utils.clip_grad_value_(model.parameters(), config["clip_value"])
-    if config["clip_norm"]:
-        nn.utils.clip_grad_norm_(model.parameters(), config["clip_norm"])
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config["clip_norm"] or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded parameters
+    return norm.item()
 
 
 class Training:
     """Adam's steps on one model, saved as they are made, with the weights that validate best."""
 
-    def __init__(self, program: str, model: nn.Module, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        program: str,
+        model: nn.Module,
+        config: dict[str, Any],
+        resumed: dict[str, Any] | None = None,
+    ) -> None:
         self.program, self.model, self.config = program, model, config
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
         self.best = {name: w.clone() for name, w in model.state_dict().items()}
+        if resumed:
+            self.load(resumed)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -189,7 +283,10 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError:  # sizes that follow from the data
+            fail(f"{state['path']} was trained on other data")
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.losses, self.validation = state["losses"], state["validation"]
@@ -245,3 +342,12 @@ class Training:
             raise SystemExit(130)
         self.model.load_state_dict(self.best)
         self.model.eval()
+
+    def draw(self, panel: Any, what: str = "loss") -> None:
+        """The losses, a running mean since single batches scatter, and what validation said."""
+        window = max(1, len(self.losses) // 50)
+        mean = torch.tensor(self.losses).unfold(0, window, 1).mean(1)
+        panel.plot(range(window, len(self.losses) + 1), mean, color=BLUE, label="training")
+        panel.plot(*zip(*self.validation, strict=True), color=RED, marker=".", label="validation")
+        panel.set(xlabel="training step", ylabel=what)
+        panel.grid(alpha=0.3)

@@ -1,11 +1,14 @@
 """The example programs: they run, they resume exactly, and they say what is wrong."""
 
 import importlib.util
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -21,8 +24,20 @@ SMALL = ["--hidden", "12", "--embedding", "6", "--batch-size", "4", "--seq-len",
 # As if they were run: what they share lies beside them.
 sys.path.insert(0, str(EXAMPLES))
 import char_lm  # noqa: E402
+import classify  # noqa: E402
 import forecast  # noqa: E402
+import gradients  # noqa: E402
+import melody  # noqa: E402
+import one_step  # noqa: E402
+import sequences  # noqa: E402
+import tag  # noqa: E402
 import training  # noqa: E402
+import translate  # noqa: E402
+
+music = pytest.mark.skipif(
+    importlib.util.find_spec("music21") is None, reason="the tunes need the extra fastrnn[examples]"
+)
+CELLS = pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +58,10 @@ def text(tmp_path):
     return path
 
 
+def version_from(*version):
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= version
+
+
 def run(*args):
     char_lm.main([str(arg) for arg in args])
 
@@ -51,7 +70,7 @@ def losses(checkpoint, backend):
     return torch.load(checkpoint, weights_only=True)["runs"][backend]["losses"]
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@CELLS
 def test_char_lm_trains_and_compares_both(cell, text, tmp_path):
     plot, checkpoint = tmp_path / "curves.png", tmp_path / "model.pt"
     paths = ["--plot", plot, "--checkpoint", checkpoint]
@@ -152,6 +171,59 @@ def test_char_lm_saves_on_interrupt(text, tmp_path):
     assert f"interrupted after step {state['step']} " in out
 
 
+def torchrun(*args):
+    """Two processes of char_lm.py."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, CHAR_LM, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="needs torch.distributed with gloo",
+)
+@pytest.mark.parametrize(
+    "sharded",
+    [
+        False,
+        pytest.param(
+            True,
+            # torch 2.6's asks a CPU for events.
+            marks=pytest.mark.skipif(not version_from(2, 7), reason="needs torch 2.7"),
+        ),
+    ],
+)
+def test_char_lm_in_two_processes_is_that_in_one(sharded, text, tmp_path):
+    """Each has half of the streams: losses, gradients and weights are those of one with all."""
+    alone, shared, rest = (tmp_path / name for name in ("alone.pt", "shared.pt", "rest.pt"))
+    options = [text, *SMALL, "--backend", "fastrnn", "--layers", "2", "--write", "10"]
+    how = ["--fsdp"] if sharded else []
+    done = torchrun(*options, *how, "--steps", "6", "--checkpoint", shared)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "in each of 2 processes" in done.stdout and done.stdout.count("6/6") == 1
+    run(*options, "--steps", "6", "--checkpoint", alone)
+    one, two = (torch.load(p, weights_only=True)["runs"]["fastrnn"] for p in (alone, shared))
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    moments = [each["optimizer"]["state"] for each in (one, two)]
+    for name, weight in one["model"].items():
+        assert torch.allclose(two["model"][name], weight, atol=1e-4), name
+        gradient, other = (each[name]["exp_avg"] for each in moments)  # a mean of the gradients
+        assert torch.allclose(other, gradient, atol=1e-6, rtol=1e-3), name
+
+    run(*options, "--steps", "9", "--resume", alone, "--checkpoint", alone)
+    run(*options, "--steps", "9", "--resume", shared, "--checkpoint", rest)
+    assert losses(rest, "fastrnn")[6:] == pytest.approx(losses(alone, "fastrnn")[6:], abs=1e-4)
+
+
+def test_char_lm_under_torchrun_says_what_is_wrong(text, tmp_path):
+    done = torchrun(text, *SMALL, "--batch-size", "3")
+    assert done.returncode != 0
+    assert "--batch-size 3 cannot be shared by 2 processes" in done.stderr
+    with pytest.raises(SystemExit, match="--fsdp: start it with torchrun"):
+        run(text, *SMALL, "--fsdp")
+
+
 def test_char_lm_keeps_the_old_checkpoint_if_saving_fails(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     training.save_checkpoint(path, {"step": 1})
@@ -220,7 +292,7 @@ def test_char_lm_says_which_extra_is_missing(monkeypatch):
         run("--backend", "torch")
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@CELLS
 def test_forecast_beats_the_naive_forecast(cell, tmp_path, capsys):
     plot = tmp_path / "forecast.png"
     run_forecast("--cell", cell, "--hidden", "16", "--steps", "200", "--plot", plot)
@@ -289,8 +361,333 @@ def test_gradients_are_clipped():
     model = torch.nn.Linear(3, 3)
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 10.0)
-    training.clip(model, {"clip_value": 2.0, "clip_norm": 0.0})
+    norm = training.clip(model, {"clip_value": 2.0, "clip_norm": 0.0})
     assert all((weight.grad == 2).all() for weight in model.parameters())
+    assert norm == pytest.approx(2 * 12**0.5)
     training.clip(model, {"clip_value": 0.0, "clip_norm": 1.0})
     norm = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm()
     assert norm.item() == pytest.approx(1.0, rel=1e-4)
+
+
+SMALLER = {
+    classify: ["--hidden", "8", "--embedding", "8"],
+    tag: ["--hidden", "8", "--embedding", "8"],
+    translate: ["--hidden", "8", "--embedding", "8", "--beam", "2"],
+    one_step: ["--hidden", "8"],
+    melody: ["--hidden", "8", "--embedding", "8"],
+}
+PROGRAMS = [pytest.param(p, marks=[music] if p is melody else []) for p in SMALLER]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Of each data set a part, so that programs that only have to run, run quickly."""
+    for module, name in ((classify, "read_lines"), (tag, "read_lines"), (translate, "read_lines")):
+        monkeypatch.setattr(module, name, lambda path: sequences.read_lines(path)[:600])
+    monkeypatch.setattr(melody, "BOOKS", ["airdsAirs"])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_resume_exactly(program, few, tmp_path):
+    name, options = program.__name__, SMALLER[program]
+    whole, half, rest, plot = (tmp_path / n for n in ("whole.pt", "half.pt", "rest.pt", "p.png"))
+    program.main([*options, "--steps", "12", "--checkpoint", str(whole), "--plot", str(plot)])
+    program.main([*options, "--steps", "5", "--checkpoint", str(half)])
+    program.main(["--steps", "12", "--resume", str(half), "--checkpoint", str(rest)])
+    first, second = (torch.load(path, weights_only=True) for path in (whole, rest))
+    assert first["program"] == name
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 12
+    assert all(torch.equal(w, second["model"][n]) for n, w in first["model"].items())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def rows(out):
+    """Of a printed table of three rows the share at the end of each, by what is before it."""
+    found = {}
+    for line in out.splitlines():
+        *name, value = line.split() or [""]
+        if line.startswith("  ") and value.endswith("%"):
+            found[" ".join(name)] = float(value[:-1]) / 100
+    return dict(list(found.items())[:3])
+
+
+@CELLS
+def test_classify_learns_sentiment(cell, capsys):
+    size = ["--hidden", "16", "--embedding", "16", "--dropout", "0.2", "--lr", "0.005"]
+    classify.main(["--cell", cell, "--steps", "400", *size])
+    ours, _, always = rows(capsys.readouterr().out).values()
+    assert ours > always + 0.1
+
+
+JUNCTIONS = [
+    Path(top) / classify.JUNCTIONS for top in ("/usr/lib", EXAMPLES.parent / "build/usr/lib")
+]
+
+
+@pytest.mark.skipif(
+    not any(path.exists() for path in JUNCTIONS), reason="`make junctions` fetches them"
+)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_classify_learns_dna(cell, capsys):
+    pytest.importorskip("pyreadr", reason="R's files need the extra fastrnn[examples]")
+    file = next(path for path in JUNCTIONS if path.exists())
+    size = ["--hidden", "24", "--embedding", "8", "--dropout", "0.1", "--lr", "0.01"]
+    classify.main(["--task", "dna", str(file), "--cell", cell, "--steps", "500", *size])
+    ours, bayes, always = rows(capsys.readouterr().out).values()
+    assert ours > max(bayes, always) + 0.1
+
+
+def test_naive_bayes_is_that_of_its_definition():
+    train = [(["a", "b"], 1), (["a"], 1), (["b", "b"], 0)]
+    no, yes = classify.naive_bayes(train, 2)(["a", "b", "unseen"])
+    # After 1 each: P(a | yes) = 3/5, P(b | yes) = 2/5; P(a | no) = 1/4, P(b | no) = 3/4.
+    assert yes == pytest.approx(math.log((2 / 3) * (3 / 5) * (2 / 5)))
+    assert no == pytest.approx(math.log((1 / 3) * (1 / 4) * (3 / 4)))
+
+
+def test_classify_reads_each_prefix_as_if_alone():
+    config = {"embedding": 5, "hidden": 5, "dropout": 0.0}
+    model = classify.Classifier(layer("GRU"), 6, 2, config).eval()
+    symbols = ["a", "b", "c"]
+    vocabulary = sequences.Vocabulary([symbols])
+    read = classify.as_read(model, vocabulary, symbols)
+    for k in range(3):
+        alone = model(vocabulary.encode(symbols[: k + 1])[:, None], [k + 1])
+        assert torch.allclose(read[k], alone.softmax(1)[0], atol=1e-6)
+
+
+def layer(name):
+    import fastrnn
+
+    return getattr(fastrnn, name)
+
+
+@CELLS
+def test_tag_learns(cell, capsys):
+    tag.main(
+        ["--cell", cell, "--hidden", "24", "--embedding", "24", "--steps", "300", "--lr", "0.01"]
+    )
+    ours, by_word, always = rows(capsys.readouterr().out).values()
+    assert ours > 0.75 > always + 0.4 and by_word > 0.8
+
+
+def test_tag_does_not_see_what_is_padded():
+    """Of a batch each utterance gets the tags that it gets alone."""
+    batches = tag.Batches(utterances := tag.corpus()[:40])
+    model = tag.Tagger(
+        layer("LSTM"),
+        len(batches.words),
+        len(batches.tags),
+        {"embedding": 5, "hidden": 6, "dropout": 0.0},
+    )
+    words = [[word for word, _ in u] for u in utterances]
+    together = batches.tag(model.eval(), words)
+    assert together == [batches.tag(model, [each])[0] for each in words]
+    losses = torch.stack([batches.loss(model, [batches.encode(u)]) * len(u) for u in utterances])
+    mean = losses.sum() / sum(map(len, utterances))
+    assert torch.allclose(batches.loss(model, [batches.encode(u) for u in utterances]), mean)
+
+
+@CELLS
+def test_translate_learns(cell, tmp_path, capsys):
+    path = tmp_path / "m.pt"
+    size = ["--hidden", "64", "--embedding", "32", "--dropout", "0.1", "--lr", "0.005"]
+    translate.main(["--cell", cell, *size, "--steps", "250", "--checkpoint", str(path)])
+    out = capsys.readouterr().out
+    ours, constant = map(
+        float, re.findall(r"test: (\S+) nats, by the words' frequency (\S+)", out)[0]
+    )
+    assert ours < constant - 1, out
+    greedy, beam = (
+        float(line.split()[-1]) for line in out.splitlines() if re.match("greedy|beam", line)
+    )
+    assert beam > greedy, "the beam finds what is more probable"
+
+
+class Known(torch.nn.Module):
+    """A model of translations whose probabilities are a table: of a word after another."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def encode(self, ids, lengths):
+        memory = translate.Memory(torch.zeros(ids.shape[1], 1, 1), torch.ones(ids.shape[1], 1) > 0)
+        return memory, (torch.zeros(1, ids.shape[1], 1),)
+
+    def decode(self, ids, memory, state):
+        return self.table[ids].log(), state, None
+
+
+def test_a_beam_finds_what_is_most_probable():
+    """Greedy takes the first word that is likelier, after which all is improbable."""
+    begin, end, a, b, c = range(2, 7)
+    table = torch.full((7, 7), 1e-9)
+    table[begin, [a, b]] = torch.tensor([0.6, 0.4])
+    table[a, [a, b, c, end]] = torch.tensor([0.3, 0.2, 0.3, 0.2])
+    table[b, [c, end]] = torch.tensor([0.9, 0.1])
+    table[c, end] = 1.0
+    source = [torch.tensor([1, 1])]
+    (greedy, low), (wide, high) = (
+        translate.search(Known(table), source, begin, end, w)[0] for w in (1, 5)
+    )
+    assert wide == [b, c] and high == pytest.approx(math.log(0.4 * 0.9))
+    assert greedy[0] == a and low < high
+
+
+def test_a_beam_translates_each_text_as_if_alone():
+    torch.manual_seed(0)
+    config = {"embedding": 6, "hidden": 8, "dropout": 0.0}
+    model = translate.Translator(layer("LSTM"), 9, 9, config).eval()
+    sources = [torch.randint(2, 9, (n,)) for n in (1, 4, 3)]
+    for width in (1, 3):
+        together = translate.search(model, sources, 2, 3, width)
+        for source, (text, score) in zip(sources, together, strict=True):
+            ((alone, lonely),) = translate.search(model, [source], 2, 3, width)
+            assert text == alone and score == pytest.approx(lonely, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [("", "", 0), ("abc", "abc", 0), ("abc", "", 3), ("kitten", "sitting", 3)],
+)
+def test_distance(a, b, expected):
+    assert translate.distance(list(a), list(b)) == translate.distance(list(b), list(a)) == expected
+
+
+TUNE = """X:1
+T:All that is read
+M:6/8
+L:1/8
+K:D
+|:d2e f>g ^c|{g}c=c c (3ABc|F3- "Am"F2 z:|
+[1 A, B,/ b' d/2 ||"""
+
+
+def test_melody_reads_abc():
+    tune = melody.read_tune(TUNE)
+    assert (str(tune.key), tune.metre) == ("D", "6/8") and tune.key.sharps == 2
+    assert tune.notes == [
+        "74:1/4", "76:1/8", "78:3/16", "79:1/16", "73:1/8", "|",
+        "73:1/8", "72:1/8", "72:1/8", "69:1/12", "71:1/12", "72:1/12", "|",
+        "66:3/8", "66:1/4", "z:1/8", "|",
+        "57:1/8", "59:1/16", "95:1/8", "74:1/16",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["D", "Ebm", "F#m", "Ador", "Gmix", "Cb"])
+def test_melody_writes_what_it_reads(key):
+    pitches = [
+        melody.BAR if n % 9 == 8 else f"{n}:{Fraction(1 + n % 4, 16)}" for n in range(43, 97)
+    ]
+    tune = melody.Tune(melody.read_key(key), "4/4", [melody.REST + ":1/8", *pitches])
+    assert melody.read_tune(melody.abc(tune, "Any")) == tune
+
+
+def test_a_scale_has_the_tones_of_its_mode():
+    assert melody.read_key("Ddor").scale() == melody.read_key("C").scale() == {0, 2, 4, 5, 7, 9, 11}
+    assert melody.read_key("Em").scale() == melody.read_key("Gmaj").scale()
+    assert melody.read_key("Bb").scale() == {10, 0, 2, 3, 5, 7, 9}
+    with pytest.raises(ValueError, match="a key such as"):
+        melody.read_key("H")
+
+
+@music
+@CELLS
+def test_melody_learns(cell, capsys):
+    size = ["--hidden", "48", "--embedding", "24", "--dropout", "0.1", "--lr", "0.01"]
+    melody.main(["--cell", cell, *size, "--steps", "150", "--batch-size", "16"])
+    out = capsys.readouterr().out
+    ours, constant = map(
+        float, re.findall(r"test: (\S+) nats, by the notes' frequency (\S+)", out)[0]
+    )
+    assert ours < constant - 0.5, out
+    assert "X:1" in out
+
+
+def test_melody_says_which_extra_is_missing(monkeypatch):
+    monkeypatch.setattr(
+        melody.importlib.util, "find_spec", lambda name: None if name == "music21" else name
+    )
+    with pytest.raises(
+        SystemExit, match=r"music21, .* is missing: pip install 'fastrnn\[examples\]'"
+    ):
+        melody.main(["--steps", "1"])
+
+
+@CELLS
+def test_one_step_is_a_plain_network(cell, capsys):
+    one_step.main(["--cell", cell, "--hidden", "16", "--steps", "300"])
+    out = capsys.readouterr().out
+    apart, gradients, recurrent = map(float, re.findall(r"^ +(\d\.\de\S+)  ", out, re.M))
+    assert apart < 1e-12 and gradients < 1e-12 and recurrent == 0
+    ours, naive = map(float, re.findall(r"error is (\S+), of the naive forecast (\S+)\.", out)[-1])
+    assert ours < 0.85 * naive
+
+
+def test_gradients_vanish_explode_and_are_carried(tmp_path, capsys):
+    plot = tmp_path / "flow.png"
+    gradients.main(["--length", "120", "--steps", "40", "--plot", str(plot)])
+    out = capsys.readouterr().out
+    reached = dict(re.findall(r"^    (\S.*?) +(\d\S+)$", out, re.M))
+    value = {name: float(number) for name, number in reached.items()}
+    assert value["W_hh = 0.9 I"] < 1e-4 and value["W_hh = 1.1 I"] > 1e2
+    assert value["as torch.nn does"] < 1e-6 < 1e-2 < value["with forget_bias_(layer, 4)"]
+    assert value["with chrono_"] > 1e-2
+    last = {
+        line.split("  ")[1]: float(line.split()[-1])
+        for line in out.splitlines()
+        if "clipped" in line and not line.endswith("s left")
+    }
+    assert last["norm clipped at 1"] < last["not clipped"] or math.isnan(last["not clipped"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "message"),
+    [
+        (classify, ["nowhere.tsv"], r"cannot read nowhere.tsv: No such file"),
+        (classify, ["words.tsv"], r"words.tsv, line 1: expected a score, a tab and a sentence"),
+        (classify, ["few.tsv"], r"few.tsv: too few sequences"),
+        (classify, ["--task", "dna", "nowhere"], r"no nowhere; on Debian: apt-get download r-cran"),
+        (
+            classify,
+            ["--task", "dna", "words.tsv"],
+            r"words.tsv: expected the data frame DNA|pyreadr",
+        ),
+        (translate, ["few.tsv", "--hidden", "7"], r"--hidden 7: expected an even number"),
+        (translate, ["few.tsv"], r"few.tsv: expected ten pairs or more of up to 12 words"),
+        (
+            translate,
+            ["words.tsv"],
+            r"words.tsv, line 1: expected a text, a tab and its translation",
+        ),
+        (translate, ["cut.gz"], r"cannot read cut.gz"),
+        (tag, ["--resume", "other.pt"], r"other.pt is not a checkpoint of this program"),
+        pytest.param(
+            melody, ["--key", "H"], r"expected a key such as G, Em or Ddor, got 'H'", marks=music
+        ),
+        pytest.param(melody, ["--note", "x"], r"cannot read 'x'", marks=music),
+        pytest.param(
+            melody, ["--metre", "7/8"], r"no tune that was learnt from has 7/8", marks=music
+        ),
+    ],
+)
+def test_error_messages_of_programs(program, options, message, few, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("words.tsv").write_text("no score here\n", encoding="utf-8")
+    Path("few.tsv").write_text("1.0\tgood\n-1.0\tbad\n", encoding="utf-8")
+    Path("cut.gz").write_bytes(translate.PAIRS.read_bytes()[:1000])
+    torch.save({"program": "forecast"}, "other.pt")
+    with pytest.raises(SystemExit, match=message):
+        program.main([*options, "--steps", "1"])
+
+
+def test_a_checkpoint_of_other_data(few, tmp_path):
+    path = tmp_path / "m.pt"
+    options = ["--hidden", "8", "--embedding", "8", "--steps", "2"]
+    classify.main([*options, "--checkpoint", str(path)])
+    other = tmp_path / "other.tsv"
+    other.write_text("1.0\tgood film\n-1.0\tbad film\n" * 30, encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"m\.pt was trained on other data"):
+        classify.main([str(other), "--resume", str(path)])

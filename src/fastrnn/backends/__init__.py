@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, Protocol
 
@@ -48,6 +49,8 @@ def one_thread_in_a_child() -> None:
         set_num_threads(1)
 
 
+# Metadata is a file to find and parse, and use_backend asks at every entry.
+@cache
 def installed(*packages: str) -> tuple[int, ...] | None:
     """The version of the first that is installed, without its import; None if none says so."""
     for name in packages:

@@ -1,0 +1,251 @@
+#!/usr/bin/env python
+"""Many to one: is a film review for or against the film, and is there a splice junction in DNA?
+
+    embedding -> LSTM (or GRU, or RNN), both ways -> its two final states -> linear -> the class
+
+Sequences of different lengths lie in one batch, beside their ``lengths``: the final states are then
+those after each sequence's own last symbol. The network is held against the most frequent class,
+and against naive Bayes, which counts the symbols and does not know their order.
+
+The reviews lie in data/. The DNA is that of R's package mlbench, which may not be shipped here: in
+the middle of sixty bases an intron ends (ie), one begins (ei), or neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sequences import DATA, Vocabulary, choose, padded, read_lines, split
+from torch import Tensor, nn
+from training import (
+    BLUE,
+    CELL,
+    CLIP,
+    GREY,
+    LR,
+    RED,
+    SEED,
+    Option,
+    Training,
+    fail,
+    figure,
+    run_program,
+    start,
+    steps,
+)
+
+import fastrnn
+
+OPTIONS = [
+    Option("task", "sentiment", "what to tell apart", ("sentiment", "dna")),
+    CELL,
+    Option("hidden", 64, "its hidden_size, in each direction"),
+    Option("embedding", 64, "the size of a symbol's embedding"),
+    Option("dropout", 0.5, "dropout on what the layer reads and on its states"),
+    Option("batch_size", 32, "sequences of a training step"),
+    LR,
+    SEED,
+    steps(1200),
+    *CLIP,
+]
+JUNCTIONS = Path("R/site-library/mlbench/data/DNA.rda")
+
+Example = tuple[list[str], int]
+
+
+class Task(NamedTuple):
+    """The names of the classes, and sequences, each with the number of its class."""
+
+    classes: list[str]
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+def sentiment(path: Path | None) -> Task:
+    """Lines of a score, below or above zero, a tab and a sentence."""
+    path = path or DATA / "reviews.tsv.gz"
+    examples: list[Example] = []
+    for number, line in enumerate(read_lines(path), 1):
+        score, tab, text = line.partition("\t")
+        try:
+            value = float(score)
+        except ValueError:
+            tab = ""
+        if not tab:
+            fail(
+                f"{path}, line {number}: expected a score, a tab and a sentence, got {line[:40]!r}"
+            )
+        words = re.findall(r"\w+|[!?]", text.replace("n't", " not").lower())
+        if words and value:
+            examples.append((words, int(value > 0)))
+    return Task(["against", "for"], *split(examples))
+
+
+def dna(path: Path | None) -> Task:
+    """A data frame of R, of three columns to a base and the class."""
+    places = [path] if path else [Path(lib) / JUNCTIONS for lib in ("/usr/lib", "/usr/local/lib")]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        fail(
+            f"no {places[0]}; on Debian: apt-get download r-cran-mlbench, then dpkg -x "
+            f"r-cran-mlbench*.deb mlbench, then --task dna mlbench/usr/lib/{JUNCTIONS}"
+        )
+    try:
+        import pyreadr
+
+        frame = pyreadr.read_r(str(found))["DNA"]
+    except ImportError:
+        fail("pyreadr, which reads R's files, is missing: pip install 'fastrnn[examples]'")
+    except (KeyError, pyreadr.PyreadrError, pyreadr.LibrdataError) as error:
+        fail(f"{found}: expected the data frame DNA of mlbench: {error}")
+    of_bits = {"100": "A", "010": "C", "001": "G", "000": "T"}
+    classes = sorted(set(frame["Class"]))
+    examples = []
+    for *bits, kind in frame.itertuples(index=False):
+        text = "".join(map(str, bits))
+        bases = [of_bits[text[k : k + 3]] for k in range(0, len(text), 3)]
+        examples.append((bases, classes.index(kind)))
+    return Task(classes, *split(examples))
+
+
+TASKS: dict[str, Callable[[Path | None], Task]] = {"sentiment": sentiment, "dna": dna}
+
+
+class Classifier(nn.Module):
+    def __init__(
+        self, rnn: type[nn.Module], symbols: int, classes: int, config: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, config["embedding"], padding_idx=0)
+        self.rnn = rnn(config["embedding"], config["hidden"], bidirectional=True)
+        if isinstance(self.rnn, fastrnn.LSTM):  # it would soon forget what decides early
+            fastrnn.init.forget_bias_(self.rnn, 2.0)
+        self.dropout = nn.Dropout(config["dropout"])
+        self.linear = nn.Linear(2 * config["hidden"], classes)
+
+    def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
+        """ids: [T, B]. Returns of each sequence the logits of the classes, [B, classes]."""
+        _, state = self.rnn(self.dropout(self.embedding(ids)), lengths=lengths)
+        h_n = state[0] if isinstance(state, tuple) else state  # [2, B, hidden]
+        logits: Tensor = self.linear(self.dropout(torch.cat([h_n[0], h_n[1]], 1)))
+        return logits
+
+
+def naive_bayes(train: list[Example], classes: int) -> Callable[[list[str]], list[float]]:
+    """Of each class the log-probability, up to a constant, if it drew symbols one by one."""
+    counts = [Counter(s for symbols, k in train if k == y for s in symbols) for y in range(classes)]
+    sizes = Counter(k for _, k in train)
+    known = {symbol for count in counts for symbol in count}
+    totals = [sum(count.values()) + len(known) for count in counts]
+
+    def of_classes(symbols: list[str]) -> list[float]:
+        found = []
+        for k, (count, total) in enumerate(zip(counts, totals, strict=True)):
+            odds = [math.log((count[s] + 1) / total) for s in symbols if s in known]
+            found.append(math.log(sizes[k] / len(train)) + sum(odds))
+        return found
+
+    return of_classes
+
+
+@torch.no_grad()
+def logits(model: Classifier, vocabulary: Vocabulary, sequences: list[list[str]]) -> Tensor:
+    batches = [sequences[i : i + 256] for i in range(0, len(sequences), 256)]
+    return torch.cat([model(*padded([vocabulary.encode(s) for s in b])) for b in batches])
+
+
+def accuracy(found: Tensor, examples: list[Example]) -> float:
+    right = found.argmax(1) == torch.tensor([kind for _, kind in examples])
+    return right.float().mean().item()
+
+
+def as_read(model: Classifier, vocabulary: Vocabulary, symbols: list[str]) -> Tensor:
+    """The classes' probabilities after the first symbol, the second, ...: the prefixes, a batch."""
+    prefixes = [symbols[: k + 1] for k in range(len(symbols))]
+    return logits(model, vocabulary, prefixes).softmax(1)
+
+
+def plot(
+    path: Path, title: str, training: Training, task: Task, found: Tensor, read: dict[str, Tensor]
+) -> None:
+    kinds = torch.tensor([kind for _, kind in task.test])
+    p = found.softmax(1).gather(1, kinds[:, None]).squeeze(1)
+    colors = dict(zip(task.classes, (RED, BLUE, GREY), strict=False))
+    with figure(path, title, 1, 3, figsize=(15, 4.2)) as (left, middle, right):
+        training.draw(left, "cross-entropy, nats")
+        shares = [p[kinds == k].tolist() for k in range(len(task.classes))]
+        middle.hist(shares, 10, range=(0, 1), label=task.classes, color=list(colors.values()))
+        middle.set(xlabel="probability that the right class is given", ylabel="test sequences")
+        for (words, p), (kind, color) in zip(read.items(), colors.items(), strict=True):
+            shown = words if len(words) <= 50 else f"{words[:47]}..."
+            right.plot(range(1, len(p) + 1), p, marker=".", color=color, label=f"{kind}: {shown}")
+        right.set(xlabel="symbols read", ylabel="probability of that class", ylim=(-0.05, 1.35))
+
+
+def main(argv: list[str] | None = None) -> None:
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        what = "lines of a score, a tab and a sentence (default data/reviews.tsv.gz), or DNA.rda"
+        parser.add_argument("file", nargs="?", type=Path, help=what)
+
+    args, config, resumed = start("classify", __doc__, OPTIONS, argv, arguments)
+    task = TASKS[config["task"]](args.file)
+    count = len(task.classes)
+    if not all(len({kind for _, kind in part}) == count for part in task[1:]):
+        fail(f"{args.file}: too few sequences, or none of one of the classes")
+    vocabulary = Vocabulary((symbols for symbols, _ in task.train), at_least=2)
+    encoded = [(vocabulary.encode(symbols), kind) for symbols, kind in task.train]
+    rnn = getattr(fastrnn, config["cell"].upper())
+    model = Classifier(rnn, len(vocabulary), count, config)
+    training = Training("classify", model, config, resumed)
+
+    def loss_of_a_batch() -> Tensor:
+        sequences, kinds = zip(*choose(encoded, config["batch_size"]), strict=True)
+        return nn.functional.cross_entropy(model(*padded(sequences)), torch.tensor(kinds))
+
+    wanted = torch.tensor([kind for _, kind in task.validation])
+
+    def validate() -> float:
+        found = logits(model, vocabulary, [symbols for symbols, _ in task.validation])
+        return nn.functional.cross_entropy(found, wanted).item()
+
+    sizes = " + ".join(f"{len(part):,}" for part in task[1:])
+    print(f"{config['task']}: {sizes} sequences for training, validation and test", flush=True)
+    training.run(loss_of_a_batch, validate, 50, args.checkpoint)
+
+    sequences = [symbols for symbols, _ in task.test]
+    found = logits(model, vocabulary, sequences)
+    bayes = torch.tensor(list(map(naive_bayes(task.train, count), sequences)))
+    most = torch.tensor([[kind for _, kind in task.train].count(k) for k in range(count)])
+    rows = {
+        f"{rnn.__name__}({config['hidden']}), both ways": accuracy(found, task.test),
+        "naive Bayes": accuracy(bayes, task.test),
+        f"always: {task.classes[most.argmax()]}": accuracy(most.expand_as(found), task.test),
+    }
+    print("\nright of the test sequences")
+    for name, value in rows.items():
+        print(f"  {name:24}{value:7.1%}")
+    # Of each class the first that has a length to look at.
+    curves = {}
+    for k, kind in enumerate(task.classes):
+        symbols = next(s for s, other in task.test if other == k and len(s) >= 8)
+        p = as_read(model, vocabulary, symbols)[:, k]
+        words = (" " if config["task"] == "sentiment" else "").join(symbols)
+        curves[words] = p
+        print(f"\n{words}\n  {kind}: {p[-1]:.0%}")
+    ours, other, _ = rows.values()
+    title = f"{ours:.0%} of the test sequences are told right, by naive Bayes {other:.0%}"
+    print(f"\n{title}.")
+    if args.plot:
+        plot(args.plot, title, training, task, found, curves)
+
+
+if __name__ == "__main__":
+    run_program(main)

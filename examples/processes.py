@@ -1,0 +1,127 @@
+"""The processes that torchrun started, which share each batch, or this one alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from training import fail
+
+# As one process would have it, whatever the model and its optimizer are cut into.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Processes:
+    """As a context, in which only the first process prints.
+
+    Args:
+        device: with "cuda" each process has one of the machine's GPUs, and they talk by NCCL; with
+            "cpu" by gloo.
+        sharded: the model's parameters are cut among the processes (FSDP); else each has them all
+            (DistributedDataParallel).
+    """
+
+    def __init__(self, device: str = "cpu", sharded: bool = False) -> None:
+        self.rank, self.size = (
+            int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        self.started = "RANK" in os.environ  # by torchrun
+        if device == "cuda" and not torch.cuda.is_available():
+            fail("--device cuda: torch sees no GPU")
+        if sharded and not self.started:
+            fail("--fsdp: start it with torchrun, as many processes as there are to be parts")
+        self.device = torch.device(
+            device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None
+        )
+        self.sharded = sharded
+
+    def __enter__(self) -> Processes:
+        self.stdout = sys.stdout
+        if self.started:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if self.rank:
+                sys.stdout = open(os.devnull, "w")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if sys.stdout is not self.stdout:
+            sys.stdout.close()
+            sys.stdout = self.stdout
+        if self.started:
+            dist.destroy_process_group()
+
+    def share(self, batch: Tensor, dim: int) -> Tensor:
+        """This process's part of a batch."""
+        return batch.chunk(self.size, dim)[self.rank].contiguous()
+
+    def whole(self, part: Tensor, dim: int) -> Tensor:
+        """The parts of all, on the CPU."""
+        if self.size == 1:
+            return part.cpu()
+        part = part.to(self.device).contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts, dim).cpu()
+
+    def mean(self, value: Tensor) -> float:
+        """Of the processes' values, which have equal parts of the batch."""
+        value = value.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value.item() / self.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in one process: all go the same way."""
+        if self.size == 1:
+            return flag
+        count = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(count)
+        return count.item() > 0
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model as one that reduces its gradients over all processes."""
+        model.to(self.device)
+        if not self.started:
+            return model
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            for child in model.children():
+                if any(True for _ in child.parameters()):
+                    fully_shard(child)
+            return fully_shard(model)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Of both, with the names of the model that is not parallel; whole in the first process."""
+        weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+        return {"model": weights, "optimizer": moments}
+
+    def load(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=WHOLE,
+        )

@@ -1,0 +1,73 @@
+"""Sequences of words, or of other symbols, as tensors: what the examples on text share."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from training import fail
+
+DATA = Path(__file__).parent / "data"
+PAD, UNKNOWN = 0, 1
+
+Item = TypeVar("Item")
+
+
+class Vocabulary:
+    """Symbols and their numbers, the frequent ones first after padding and the unknown symbol.
+
+    Args:
+        at_least: symbols that occur less often are unknown.
+    """
+
+    def __init__(self, sequences: Iterable[Sequence[str]], at_least: int = 1) -> None:
+        counts = Counter(symbol for sequence in sequences for symbol in sequence)
+        known = [symbol for symbol, count in counts.items() if count >= at_least]
+        self.symbols = ["<pad>", "<unknown>", *sorted(known, key=lambda s: (-counts[s], s))]
+        self.index = {symbol: i for i, symbol in enumerate(self.symbols)}
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def encode(self, sequence: Sequence[str]) -> Tensor:
+        return torch.tensor([self.index.get(symbol, UNKNOWN) for symbol in sequence])
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        return [self.symbols[i] for i in ids]
+
+
+def padded(sequences: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """The sequences side by side, ``[T, B]`` with zeros after the end, and their lengths."""
+    return nn.utils.rnn.pad_sequence(list(sequences)), [len(s) for s in sequences]
+
+
+def choose(items: Sequence[Item], how_many: int) -> list[Item]:
+    """A batch of items, drawn by torch's generator, which a checkpoint keeps."""
+    return [items[i] for i in torch.randint(len(items), (how_many,)).tolist()]
+
+
+def split(items: Sequence[Item]) -> tuple[list[Item], list[Item], list[Item]]:
+    """For training, validation and test: eight, one and one tenth, the same at every run."""
+    shuffled = random.Random(0).sample(items, len(items))
+    first, second = len(items) * 8 // 10, len(items) * 9 // 10
+    return shuffled[:first], shuffled[first:second], shuffled[second:]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8, compressed by gzip if it is called .gz."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8").splitlines()
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")

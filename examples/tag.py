@@ -1,0 +1,190 @@
+#!/usr/bin/env python
+"""Many to many, step by step: the part of speech of each word of a conversation in Cantonese.
+
+    embedding -> LSTM (or GRU, or RNN), both ways -> linear -> the tag of each word
+
+Utterances of different lengths lie in one batch, beside their ``lengths``: the way back begins at
+each one's own last word, and the output after it is zero. The network is held against the most
+frequent tag, and against each word's most frequent one, which does not look at the words beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from sequences import DATA, PAD, Vocabulary, choose, padded, read_lines, split
+from torch import Tensor, nn
+from training import CELL, CLIP, LR, SEED, Option, Training, figure, run_program, start, steps
+
+import fastrnn
+
+OPTIONS = [
+    CELL,
+    Option("hidden", 96, "its hidden_size, in each direction"),
+    Option("embedding", 96, "the size of a word's embedding"),
+    Option("dropout", 0.4, "dropout on what the layer reads and on its output"),
+    Option("batch_size", 64, "utterances of a training step"),
+    LR,
+    SEED,
+    steps(1500),
+    *CLIP,
+]
+# The tags of the corpus that are most frequent.
+NAMES = {
+    "v": "verb",
+    "r": "pronoun",
+    "d": "adverb",
+    "y": "particle",
+    "n": "noun",
+    "c": "conjunction",
+    "u": "auxiliary",
+    "a": "adjective",
+    "q": "classifier",
+    "e": "interjection",
+    "m": "numeral",
+    "t": "time",
+    "p": "preposition",
+}
+
+Utterance = list[tuple[str, str]]
+
+
+def corpus() -> list[Utterance]:
+    """Utterances of words and their tags."""
+    found = []
+    for line in read_lines(DATA / "cantonese.txt.gz"):
+        words = (word.rpartition("/") for word in line.split())
+        found.append([(word, tag) for word, _, tag in words])
+    return found
+
+
+class Tagger(nn.Module):
+    def __init__(self, rnn: type[nn.Module], words: int, tags: int, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, config["embedding"], padding_idx=PAD)
+        self.rnn = rnn(config["embedding"], config["hidden"], bidirectional=True)
+        self.dropout = nn.Dropout(config["dropout"])
+        self.linear = nn.Linear(2 * config["hidden"], tags)
+
+    def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
+        """ids: [T, B]. Returns the logits of each word's tags, [T, B, tags]."""
+        output, _ = self.rnn(self.dropout(self.embedding(ids)), lengths=lengths)
+        logits: Tensor = self.linear(self.dropout(output))
+        return logits
+
+
+def word_by_word(train: list[Utterance]) -> dict[str, str]:
+    """Each word's most frequent tag."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for utterance in train:
+        for word, tag in utterance:
+            counts[word][tag] += 1
+    return {word: tags.most_common(1)[0][0] for word, tags in counts.items()}
+
+
+class Batches:
+    """Utterances as numbers."""
+
+    def __init__(self, train: list[Utterance]) -> None:
+        self.words = Vocabulary(([word for word, _ in u] for u in train), at_least=2)
+        self.tags = Vocabulary([tag for _, tag in u] for u in train)
+
+    def encode(self, utterance: Utterance) -> tuple[Tensor, Tensor]:
+        words, tags = zip(*utterance, strict=True)
+        return self.words.encode(words), self.tags.encode(tags)
+
+    def loss(self, model: Tagger, encoded: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The mean cross-entropy of a word. What is padded has the tag PAD, and does not count."""
+        words, tags = zip(*encoded, strict=True)
+        logits = model(*padded(words))
+        wanted = padded(tags)[0].flatten()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=PAD)
+
+    @torch.no_grad()
+    def tag(self, model: Tagger, utterances: list[list[str]]) -> list[list[str]]:
+        found = []
+        for first in range(0, len(utterances), 256):
+            batch = [self.words.encode(words) for words in utterances[first : first + 256]]
+            ids = model(*padded(batch)).argmax(2).t()
+            for row, words in zip(ids.tolist(), batch, strict=True):
+                found.append(self.tags.decode(row[: len(words)]))
+        return found
+
+
+def plot(
+    path: Path, title: str, training: Training, pairs: Counter[tuple[str, str]], tags: list[str]
+) -> None:
+    """The training, and which tags are taken for which."""
+    table = torch.tensor([[pairs[right, found] for found in tags] for right in tags]).float()
+    rows = torch.tensor([sum(n for (r, _), n in pairs.items() if r == tag) for tag in tags])
+    share = 100 * table / rows.clamp_min(1)[:, None]
+    with figure(path, title, 1, 2, figsize=(12, 5), width_ratios=(1, 1.2)) as (left, right):
+        training.draw(left, "cross-entropy of a word, nats")
+        right.imshow(share.tolist(), cmap="Blues", vmin=0, vmax=100)
+        names = [NAMES.get(tag, tag) for tag in tags]
+        right.set_xticks(range(len(tags)), names, rotation=45, ha="right")
+        right.set_yticks(range(len(tags)), names)
+        right.set(xlabel="found, % of the row's words", ylabel="right")
+        for i, row in enumerate(share.tolist()):
+            for j, value in enumerate(row):
+                if value >= 1:
+                    color = "white" if value > 50 else "black"
+                    right.text(j, i, f"{value:.0f}", ha="center", va="center", color=color, size=8)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, config, resumed = start("tag", __doc__, OPTIONS, argv)
+    train, validation, test = split(corpus())
+    batches = Batches(train)
+    rnn = getattr(fastrnn, config["cell"].upper())
+    model = Tagger(rnn, len(batches.words), len(batches.tags), config)
+    training = Training("tag", model, config, resumed)
+    learnt, kept = ([batches.encode(u) for u in part] for part in (train, validation))
+    sizes = " + ".join(f"{len(part):,}" for part in (train, validation, test))
+    words = f"{len(batches.words):,} words, {len(batches.tags) - 2} tags"
+    print(f"cantonese.txt.gz: {sizes} utterances for training, validation and test, {words}")
+    training.run(
+        lambda: batches.loss(model, choose(learnt, config["batch_size"])),
+        lambda: batches.loss(model, kept).item(),
+        50,
+        args.checkpoint,
+    )
+
+    found = batches.tag(model, [[word for word, _ in u] for u in test])
+    frequent = Counter(tag for u in train for _, tag in u)
+    most = frequent.most_common(1)[0][0]
+    alone = word_by_word(train)
+    right: Counter[str] = Counter()
+    pairs: Counter[tuple[str, str]] = Counter()
+    ours, by_word, always = (
+        f"{rnn.__name__}({config['hidden']}), both ways",
+        "word by word",
+        (f"always: {NAMES.get(most, most)}"),
+    )
+    for utterance, tags in zip(test, found, strict=True):
+        for (word, tag), guess in zip(utterance, tags, strict=True):
+            pairs[tag, guess] += 1
+            for name, said in ((ours, guess), (by_word, alone.get(word, "n")), (always, most)):
+                right[name] += said == tag
+    total = sum(pairs.values())
+    print(f"\nright of the {total:,} words in test utterances")
+    for name in (ours, by_word, always):
+        print(f"  {name:24}{right[name] / total:7.1%}")
+    longest = max(range(len(test)), key=lambda i: len(set(found[i])) if len(test[i]) < 13 else 0)
+    print(
+        "\n"
+        + " ".join(f"{w}/{tag}" for (w, _), tag in zip(test[longest], found[longest], strict=True))
+    )
+    share, other = right[ours] / total, right[by_word] / total
+    title = f"{share:.1%} of the tags are right, word by word {other:.1%}"
+    print(f"\n{title}.")
+    if args.plot:
+        tags = [tag for tag, _ in frequent.most_common(len(NAMES) + 3) if tag in NAMES]
+        plot(args.plot, title, training, pairs, tags)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,265 @@
+#!/usr/bin/env python
+"""Sequence to sequence: translate the short messages of programs from English to French.
+
+    encoder: embedding -> LSTM (or GRU, or RNN), both ways -> what it read, and its final states
+    decoder: embedding -> LSTM, from those states -> attention to what was read -> the next word
+
+The decoder learns by teacher forcing: it reads the right words up to each place and says the next
+one, all places in one call of the layer. When it translates it reads its own words, the most
+probable one each time (greedy), or keeps the most probable few beginnings (a beam).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sequences import DATA, PAD, UNKNOWN, Vocabulary, choose, padded, read_lines, split
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training import CELL, CLIP, LR, SEED, Option, Training, fail, figure, run_program, start, steps
+
+import fastrnn
+
+PAIRS = DATA / "messages.tsv.gz"
+OPTIONS = [
+    CELL,
+    Option("hidden", 256, "the decoder's hidden_size, half of it in each direction of the encoder"),
+    Option("embedding", 128, "the size of a word's embedding"),
+    Option("dropout", 0.4, "dropout on what the layers read, and before the last"),
+    Option("batch_size", 64, "pairs of a training step"),
+    LR,
+    SEED,
+    steps(2000),
+    *CLIP,
+]
+LONGEST = 12
+"""Words of a message; longer ones are left out."""
+
+BEGIN, END = "<begin>", "<end>"
+
+State = tuple[Tensor, ...]
+Pair = tuple[list[str], list[str]]
+
+
+def words(text: str) -> list[str]:
+    """Words, marks and what a program fills in, in lower case; an apostrophe ends a word."""
+    return re.findall(r"%\(\w+\)s|%\w|\w+['’]?|[^\w\s]", text.lower().replace("\u2019", "'"))
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    found = []
+    for number, line in enumerate(read_lines(path), 1):
+        if line.count("\t") != 1:
+            fail(f"{path}, line {number}: expected a text, a tab and its translation, got {line!r}")
+        source, target = map(words, line.split("\t"))
+        if 0 < len(source) <= LONGEST and 0 < len(target) <= LONGEST:
+            found.append((source, target))
+    # What differs by case alone is one text.
+    return list({tuple(source): (source, target) for source, target in found}.values())
+
+
+class Memory(NamedTuple):
+    """What the encoder read: ``[B, S, hidden]``, and where it is padded, ``[B, S]``."""
+
+    values: Tensor
+    is_word: Tensor
+
+    def rows(self, index: Tensor) -> Memory:
+        return Memory(self.values[index], self.is_word[index])
+
+
+class Translator(nn.Module):
+    def __init__(
+        self, rnn: type[nn.Module], source: int, target: int, config: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        E, H = config["embedding"], config["hidden"]
+        self.source = nn.Embedding(source, E, padding_idx=PAD)
+        self.target = nn.Embedding(target, E, padding_idx=PAD)
+        self.encoder = rnn(E, H // 2, bidirectional=True)
+        self.decoder = rnn(E, H)
+        self.attention = nn.Linear(2 * H, H)
+        self.dropout = nn.Dropout(config["dropout"])
+        self.linear = nn.Linear(H, target)
+
+    def encode(self, ids: Tensor, lengths: list[int]) -> tuple[Memory, State]:
+        """ids: [S, B]. Returns what was read and the decoder's first state, ``[1, B, hidden]``."""
+        output, state = self.encoder(self.dropout(self.source(ids)), lengths=lengths)
+        parts = state if isinstance(state, tuple) else (state,)
+        first = tuple(torch.cat([part[0], part[1]], 1)[None] for part in parts)
+        return Memory(output.transpose(0, 1), (ids != PAD).t()), first
+
+    def decode(self, ids: Tensor, memory: Memory, state: State) -> tuple[Tensor, State, Tensor]:
+        """ids: [T, B]. Returns logits of the next words [T, B, target], state and attention."""
+        hx = state if len(state) > 1 else state[0]
+        output, hx = self.decoder(self.dropout(self.target(ids)), hx)
+        query = output.transpose(0, 1)  # [B, T, hidden]
+        scores = query @ memory.values.transpose(1, 2) / query.shape[-1] ** 0.5
+        weights = scores.masked_fill(~memory.is_word[:, None], -torch.inf).softmax(2)
+        seen = torch.cat([query, weights @ memory.values], 2)
+        hidden = self.dropout(torch.tanh(self.attention(seen)))
+        logits = self.linear(hidden).transpose(0, 1)
+        return logits, hx if isinstance(hx, tuple) else (hx,), weights
+
+    def forward(self, source: Tensor, lengths: list[int], target: Tensor) -> Tensor:
+        """Teacher forcing: of each place of target, [T, B], the logits of the next word."""
+        logits, _, _ = self.decode(target, *self.encode(source, lengths))
+        return logits
+
+
+@torch.no_grad()
+def search(
+    model: Translator, sources: list[Tensor], begin: int, end: int, width: int = 1
+) -> list[tuple[list[int], float]]:
+    """The most probable translation that a beam of that width finds, and its log-probability.
+
+    Each source has ``width`` beginnings. They are all extended at once by every word, and the most
+    probable of those are the next beginnings; one that has ended stays as it is. With a width of
+    one that is the greedy choice.
+    """
+    memory, state = model.encode(*padded(sources))
+    B = len(sources)
+    origin = torch.arange(B).repeat_interleave(width)
+    memory, state = memory.rows(origin), tuple(part[:, origin] for part in state)
+    texts = torch.full((B * width, 1), begin)
+    # All beginnings of a source are alike at first: only one may be extended.
+    scores = torch.zeros(B, width).index_fill_(1, torch.arange(1, width), -torch.inf)
+    ended = torch.zeros(B * width, dtype=torch.bool)
+    for _ in range(2 * LONGEST):
+        logits, state, _ = model.decode(texts[:, -1][None], memory, state)
+        step = logits[0].log_softmax(1)
+        step[:, [PAD, UNKNOWN, begin]] = -torch.inf
+        step[ended] = -torch.inf
+        step[ended, end] = 0.0
+        V = step.shape[1]
+        scores, best = (scores[:, :, None] + step.view(B, width, V)).flatten(1).topk(width)
+        row = (torch.arange(B)[:, None] * width + best // V).flatten()
+        word = (best % V).flatten()
+        texts = torch.cat([texts[row], word[:, None]], 1)
+        state = tuple(part[:, row] for part in state)
+        ended = word == end
+        if ended.view(B, width)[:, 0].all():  # nothing overtakes the best: scores only fall
+            break
+    found = []
+    for text, score in zip(texts[::width].tolist(), scores[:, 0].tolist(), strict=True):
+        length = text.index(end) if end in text else len(text)
+        found.append((text[1:length], score))
+    return found
+
+
+def distance(a: list[str], b: list[str]) -> int:
+    """Words to insert, remove or replace until a is b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
+def plot(
+    path: Path, title: str, training: Training, weights: Tensor, source: list[str], said: list[str]
+) -> None:
+    """The training, and which words the decoder looked at when it said which."""
+    with figure(path, title, 1, 2, figsize=(12, 4.8)) as (left, right):
+        training.draw(left, "cross-entropy of a word, nats")
+        right.imshow(weights.tolist(), cmap="Blues", vmin=0, vmax=1)
+        right.set_xticks(range(len(source)), source, rotation=45, ha="right")
+        right.set_yticks(range(len(said)), said)
+        right.set(xlabel="reads", ylabel="says")
+
+
+def main(argv: list[str] | None = None) -> None:
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        what = f"UTF-8 lines of a text, a tab and its translation (default {PAIRS.name})"
+        parser.add_argument("pairs", nargs="?", type=Path, default=PAIRS, help=what)
+        parser.add_argument("--beam", type=int, default=4, help="beginnings kept (default 4)")
+        parser.add_argument("--translate", metavar="TEXT", help="translate this at the end")
+
+    args, config, resumed = start("translate", __doc__, OPTIONS, argv, arguments)
+    if config["hidden"] % 2:
+        fail(f"--hidden {config['hidden']}: expected an even number, half for each direction")
+    train, validation, test = split(read_pairs(args.pairs))
+    if not (train and validation and test):
+        fail(f"{args.pairs}: expected ten pairs or more of up to {LONGEST} words")
+    source = Vocabulary((s for s, _ in train), at_least=2)
+    target = Vocabulary([BEGIN, *t, END] for _, t in train)
+    begin, end = target.index[BEGIN], target.index[END]
+    rnn = getattr(fastrnn, config["cell"].upper())
+    model = Translator(rnn, len(source), len(target), config)
+    training = Training("translate", model, config, resumed)
+
+    def encode(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
+        return [(source.encode(s), target.encode([BEGIN, *t, END])) for s, t in pairs]
+
+    def loss(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        sources, targets = zip(*pairs, strict=True)
+        ids = padded(targets)[0]
+        logits = model(*padded(sources), ids[:-1])
+        return F.cross_entropy(logits.flatten(0, 1), ids[1:].flatten(), ignore_index=PAD)
+
+    learnt, kept = encode(train), encode(validation)
+    sizes = " + ".join(f"{len(part):,}" for part in (train, validation, test))
+    vocabularies = f"{len(source):,} and {len(target):,} words"
+    print(
+        f"{args.pairs.name}: {sizes} pairs for training, validation and test, {vocabularies}",
+        flush=True,
+    )
+    training.run(
+        lambda: loss(choose(learnt, config["batch_size"])),
+        lambda: loss(kept).item(),
+        50,
+        args.checkpoint,
+    )
+
+    # What a predictor that does not look at its input can reach: each word's frequency.
+    counts = Counter(i for _, ids in learnt for i in ids[1:].tolist())
+    share = torch.tensor([counts[i] + 1.0 for i in range(len(target))])
+    judged = encode(test)
+    said = torch.cat([ids[1:] for _, ids in judged])
+    constant = F.cross_entropy(share.log().expand(len(said), -1), said).item()
+    with torch.no_grad():
+        ours = loss(judged).item()
+    print(
+        f"\ncross-entropy of a word, test: {ours:.2f} nats, by the words' frequency {constant:.2f}"
+    )
+
+    sources = [ids for ids, _ in judged]
+    total = sum(len(wanted) for _, wanted in test)
+    results = {}
+    print(f"\n{'decoding':12}{'word errors':>12}{'all right':>12}{'log-probability':>17}")
+    for name, width in (("greedy", 1), (f"beam of {args.beam}", args.beam)):
+        found = search(model, sources, begin, end, width)
+        texts = [target.decode(ids) for ids, _ in found]
+        wrong = sum(distance(text, t) for text, (_, t) in zip(texts, test, strict=True)) / total
+        right = sum(text == t for text, (_, t) in zip(texts, test, strict=True)) / len(test)
+        mean = sum(score for _, score in found) / len(found)
+        print(f"{name:12}{wrong:12.1%}{right:12.1%}{mean:17.2f}")
+        results[name] = texts, right
+    texts, right = list(results.values())[-1]
+    print()
+    for (read, wanted), text in list(zip(test, texts, strict=True))[:8]:
+        mark = "=" if text == wanted else f"right: {' '.join(wanted)}"
+        print(f"  {' '.join(read)} -> {' '.join(text)}  ({mark})")
+    if args.translate:
+        ids = source.encode(words(args.translate) or fail("--translate: expected a word or more"))
+        (found_ids, _), *_ = search(model, [ids], begin, end, args.beam)
+        print(f"\n{args.translate} -> {' '.join(target.decode(found_ids))}")
+    title = f"{right:.0%} of the test messages are translated word for word as by a person"
+    print(f"\n{title}.")
+    if args.plot:
+        rights = [i for i, (_, t) in enumerate(test) if texts[i] == t] or [0]
+        shown = max(rights, key=lambda i: len(test[i][1]))
+        ids = target.encode([BEGIN, *texts[shown], END])[:, None]
+        with torch.no_grad():
+            _, _, weights = model.decode(ids[:-1], *model.encode(*padded([sources[shown]])))
+        plot(args.plot, title, training, weights[0], test[shown][0], [*texts[shown], END])
+
+
+if __name__ == "__main__":
+    run_program(main)
