@@ -174,20 +174,26 @@ def as_read(model: Classifier, vocabulary: Vocabulary, symbols: list[str]) -> Te
 
 
 def plot(
-    path: Path, title: str, training: Training, task: Task, found: Tensor, read: dict[str, Tensor]
+    path: Path,
+    title: str,
+    training: Training,
+    task: Task,
+    found: Tensor,
+    read: list[tuple[int, str, Tensor]],
 ) -> None:
     kinds = torch.tensor([kind for _, kind in task.test])
     p = found.softmax(1).gather(1, kinds[:, None]).squeeze(1)
-    colors = dict(zip(task.classes, (RED, BLUE, GREY), strict=False))
+    colors = (RED, BLUE, GREY)[: len(task.classes)]
     with figure(path, title, 1, 3, figsize=(15, 4.2)) as (left, middle, right):
         training.draw(left, "cross-entropy, nats")
         shares = [p[kinds == k].tolist() for k in range(len(task.classes))]
-        middle.hist(shares, 10, range=(0, 1), label=task.classes, color=list(colors.values()))
+        middle.hist(shares, 10, range=(0, 1), label=task.classes, color=colors)
         middle.set(xlabel="probability that the right class is given", ylabel="test sequences")
-        for (words, p), (kind, color) in zip(read.items(), colors.items(), strict=True):
-            shown = words if len(words) <= 50 else f"{words[:47]}..."
-            right.plot(range(1, len(p) + 1), p, marker=".", color=color, label=f"{kind}: {shown}")
-        right.set(xlabel="symbols read", ylabel="probability of that class", ylim=(-0.05, 1.35))
+        for k, text, p in read:
+            label = f"{task.classes[k]}: {text if len(text) <= 32 else f'{text[:29]}...'}"
+            right.plot(range(1, len(p) + 1), p, marker=".", color=colors[k], label=label)
+        high = 1.1 + 0.1 * len(read)  # the legend's place
+        right.set(xlabel="symbols read", ylabel="probability of that class", ylim=(-0.05, high))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -232,19 +238,21 @@ def main(argv: list[str] | None = None) -> None:
     print("\nright of the test sequences")
     for name, value in rows.items():
         print(f"  {name:24}{value:7.1%}")
-    # Of each class the first that has a length to look at.
-    curves = {}
+    print("\nof each class the first that is told right")
+    read = []
+    guesses = found.argmax(1).tolist()
     for k, kind in enumerate(task.classes):
-        symbols = next(s for s, other in task.test if other == k and len(s) >= 8)
-        p = as_read(model, vocabulary, symbols)[:, k]
-        words = (" " if config["task"] == "sentiment" else "").join(symbols)
-        curves[words] = p
-        print(f"\n{words}\n  {kind}: {p[-1]:.0%}")
+        judged = zip(task.test, guesses, strict=True)
+        for symbols in [s for (s, right), guess in judged if right == guess == k][:1]:
+            p = as_read(model, vocabulary, symbols)[:, k]
+            text = (" " if config["task"] == "sentiment" else "").join(symbols)
+            read.append((k, text, p))
+            print(f"\n{text}\n  {kind}: {p[-1]:.0%}")
     ours, other, _ = rows.values()
     title = f"{ours:.0%} of the test sequences are told right, by naive Bayes {other:.0%}"
     print(f"\n{title}.")
     if args.plot:
-        plot(args.plot, title, training, task, found, curves)
+        plot(args.plot, title, training, task, found, read)
 
 
 if __name__ == "__main__":

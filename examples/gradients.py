@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,18 @@ from typing import Any
 import torch
 from char_lm import BOOK, CharLM, streams
 from torch import Tensor, nn
-from training import figure, progress, run_program
+from training import clip, figure, progress, run_program
 
 import fastrnn
 from fastrnn.diagnostics import gradient_flow
 
 HIDDEN, EMBEDDING, BATCH = 64, 32, 16
 COLORS = ["#1d3557", "#e76f51", "#2a9d8f", "#8d99ae"]
-CLIPPING = {"not clipped": math.inf, "norm clipped at 1": 1.0}
+CLIPPING = {
+    "not clipped": {"clip_norm": 0.0, "clip_value": 0.0},
+    "norm clipped at 1": {"clip_norm": 1.0, "clip_value": 0.0},
+    "values clipped at 0.1": {"clip_norm": 0.0, "clip_value": 0.1},
+}
 
 Curves = dict[str, Tensor]
 
@@ -80,13 +83,13 @@ def flows(x: Tensor) -> dict[str, Curves]:
 def clipped(data: Tensor, symbols: int, length: int, steps: int) -> dict[str, Curves]:
     """The losses and the norms of a training of an RNN whose gradient explodes, by clipping."""
     found: dict[str, Curves] = {"loss": {}, "norm": {}}
-    for name, limit in CLIPPING.items():
+    for name, limits in CLIPPING.items():
         torch.manual_seed(0)
         config = {"embedding": EMBEDDING, "hidden": HIDDEN, "layers": 1, "dropout": 0.0}
         rnn = functools.partial(fastrnn.RNN, nonlinearity="relu")
         model = CharLM(rnn, symbols, config)
-        fastrnn.init.identity_(model.rnn, 1.01)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        fastrnn.init.identity_(model.rnn)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         losses: list[float] = []
         norms: list[float] = []
 
@@ -101,7 +104,7 @@ def clipped(data: Tensor, symbols: int, length: int, steps: int) -> dict[str, Cu
                 logits, _ = model(x)
                 loss = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
                 loss.backward()
-                norms.append(nn.utils.clip_grad_norm_(model.parameters(), limit).item())
+                norms.append(clip(model, limits))
                 optimizer.step()
                 losses.append(loss.item())
                 report(step)
@@ -122,8 +125,12 @@ def plot(path: Path, pictures: dict[str, Curves], losses: Curves, length: int) -
             panel.set(title=name, xlabel="time step", yscale="log", ylim=(max(low, 1e-20), None))
             panel.set_ylabel("gradient, over the last step's")
         for (label, values), color in zip(losses.items(), COLORS, strict=False):
-            last.plot(range(1, len(values) + 1), values, color=color, label=label)
-        last.set(title="a relu RNN from 1.01 I, trained by SGD", xlabel="training step")
+            finite = values[values.isfinite()]
+            if len(finite) < len(values):
+                label += f", no number after step {len(finite)}"
+            mark = "x" if len(finite) < len(values) else None
+            last.plot(range(1, len(finite) + 1), finite, color=color, label=label, marker=mark)
+        last.set(title="a relu RNN from W_hh = I, trained by SGD", xlabel="training step")
         last.set(ylabel="loss, nats per character", yscale="log")
         for panel in panels.flatten():
             panel.grid(alpha=0.3)
@@ -147,10 +154,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  {name}")
         for label, values in curves.items():
             print(f"    {label:28}{values[0].item():9.1e}")
-    print(f"\na relu RNN from 1.01 I, {args.steps} steps of SGD on {args.length} characters:")
-    print(f"  {'':18}{'largest gradient':>18}{'last loss, nats':>18}")
+    print(f"\na relu RNN from W_hh = I, {args.steps} steps of SGD on {args.length} characters:")
+    print(f"  {'':22}{'largest gradient':>18}{'last loss, nats':>18}")
     for label, values in losses["loss"].items():
-        print(f"  {label:18}{losses['norm'][label].max().item():18.1e}{values[-1].item():18.2f}")
+        print(f"  {label:22}{losses['norm'][label].max().item():18.1e}{values[-1].item():18.2f}")
     if args.plot:
         plot(args.plot, pictures, losses["loss"], args.length)
 

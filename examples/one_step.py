@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         return nn.functional.mse_loss(model(x[learn][some]), change[learn][some])
 
     def error(part: slice) -> float:
-        return nn.functional.mse_loss(model(x[part]), change[part]).sqrt().item()
+        return nn.functional.mse_loss(model(x[part]), change[part]).item()
 
     print(f"{SERIES.name}: {len(numbers)} values; {CYCLE} years say the next", flush=True)
     training.run(loss_of_a_batch, lambda: error(choose), 20, args.checkpoint)
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{title}.")
     if args.plot:
         with figure(args.plot, title, 1, 2, figsize=(11, 4.2)) as (left, right):
-            training.draw(left, "mean square error (validation: its root)")
+            training.draw(left, "mean square error")
             actual, found = (scale * each + series.mean for each in (y[judge], said))
             right.plot([0, 200], [0, 200], color=GREY, label="right")
             right.plot(actual, found, "o", color=RED, label="one step")

@@ -27,7 +27,7 @@ OPTIONS = [
     Option("embedding", 96, "the size of a word's embedding"),
     Option("dropout", 0.4, "dropout on what the layer reads and on its output"),
     Option("batch_size", 64, "utterances of a training step"),
-    LR,
+    LR._replace(default=1e-2),
     SEED,
     steps(1500),
     *CLIP,
