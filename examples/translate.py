@@ -34,7 +34,7 @@ OPTIONS = [
     Option("batch_size", 64, "pairs of a training step"),
     LR,
     SEED,
-    steps(2000),
+    steps(1200),
     *CLIP,
 ]
 LONGEST = 12
