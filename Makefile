@@ -27,22 +27,24 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train a small language model with fastrnn and with torch.nn, and plot both
 	$(bin)/python examples/char_lm.py --plot char_lm.png
 
-gallery: $(VENV)/.examples $(junctions) ## run the examples, and draw the plots of docs/examples
-	$(bin)/python examples/char_lm.py --plot docs/examples/char_lm.png
-	$(bin)/python examples/gradients.py --plot docs/examples/gradients.png
+gallery: $(VENV)/.examples ## run the examples, and draw the plots of docs/examples
 	$(bin)/python examples/one_step.py --plot docs/examples/one_step.png
 	$(bin)/python examples/melody.py --plot docs/examples/melody.png
 	$(bin)/python examples/classify.py --task sentiment --plot docs/examples/sentiment.png
-	$(bin)/python examples/classify.py --task dna $(junctions) --cell gru --hidden 32 --embedding 8 --dropout 0.2 \
-		--steps 2000 --plot docs/examples/dna.png
 	$(bin)/python examples/tag.py --plot docs/examples/tag.png
 	$(bin)/python examples/translate.py --plot docs/examples/translate.png
+	$(bin)/python examples/char_lm.py --plot docs/examples/char_lm.png
 	$(bin)/python examples/forecast.py --cell gru --plot docs/examples/forecast.png
+	$(bin)/python examples/gradients.py --plot docs/examples/gradients.png
+	$(MAKE) junctions
+	$(bin)/python examples/classify.py --task dna --cell gru --hidden 32 --embedding 8 --dropout 0.2 --steps 2000 \
+		--plot docs/examples/dna.png
 
 # What may not be shipped: the data frame DNA of R's package mlbench.
 junctions: $(junctions) ## fetch the DNA that examples/classify.py learns, from Debian
 $(junctions):
-	mkdir -p build && cd build && apt-get download r-cran-mlbench && dpkg -x r-cran-mlbench_*.deb .
+	mkdir -p build && cd build && rm -f r-cran-mlbench_*.deb && apt-get download r-cran-mlbench && \
+		dpkg -x r-cran-mlbench_*.deb .
 
 test: $(VENV)/.dev ## run the tests, but for the heavy ones
 	$(pytest) -n 2 -m "not heavy" tests --cov

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 from processes import Processes
+from sequences import DATA, by_frequency, read_text
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import (
@@ -39,6 +39,8 @@ from training import (
     check_options,
     clip,
     configure,
+    digest,
+    dropout,
     fail,
     figure,
     interruptible,
@@ -51,13 +53,13 @@ from training import (
 
 import fastrnn
 
-BOOK = Path(__file__).parent / "data" / "paradise_lost.txt"
+BOOK = DATA / "paradise_lost.txt"
 OPTIONS = [
     CELL,
     Option("hidden", 256, "its hidden_size"),
     Option("layers", 1, "its num_layers"),
     Option("embedding", 64, "its input_size, the size of a character's embedding"),
-    Option("dropout", 0.0, "dropout on its input and output"),
+    dropout(0.0, "its input and output"),
     Option("batch_size", 32, "contiguous streams of the text that are read side by side"),
     Option("seq_len", 128, "characters per training step and stream"),
     LR,
@@ -121,7 +123,8 @@ class Run:
         parts = self.hidden if isinstance(self.hidden, tuple) else (self.hidden,)
         return {
             **self.processes.state(self.model, self.optimizer),
-            "rng": whole(torch.get_rng_state()[None], 0),  # for dropout, of each process
+            # For dropout, of each process.
+            "rng": [whole(get()[None], 0) for get, _ in self.processes.generators()],
             "step": self.step,
             "hidden": [whole(part, 1) for part in parts if part is not None],
             **{key: getattr(self, key) for key in ("losses", "norms", "seconds")},
@@ -130,8 +133,9 @@ class Run:
     def load(self, state: dict[str, Any]) -> None:
         state = copy.deepcopy(state)  # the optimizer would go on to write into it
         self.processes.load(self.model, self.optimizer, state)
-        if self.processes.rank < len(state["rng"]):
-            torch.set_rng_state(state["rng"][self.processes.rank])
+        for saved, (_, put) in zip(state["rng"], self.processes.generators(), strict=False):
+            if self.processes.rank < len(saved):
+                put(saved[self.processes.rank])
         device = self.processes.device
         hidden = tuple(self.processes.share(part, 1).to(device) for part in state["hidden"])
         self.hidden = hidden if len(hidden) > 1 else hidden[0] if hidden else None
@@ -203,13 +207,8 @@ def streams(ids: Tensor, batch_size: int) -> Tensor:
     return ids[: length * batch_size].view(batch_size, length).t().contiguous()
 
 
-def read_text(path: Path, config: dict[str, Any]) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        fail(f"cannot read the text {path}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        fail(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
+def long_enough(path: Path, config: dict[str, Any]) -> str:
+    text = read_text(path)
     need = math.ceil(config["batch_size"] * (config["seq_len"] + 1) / 0.9) + 20
     if len(text) < need:
         sizes = f"--batch-size {config['batch_size']} and --seq-len {config['seq_len']}"
@@ -268,7 +267,7 @@ def compare_curves(runs: list[Run]) -> bool:
     return coincide
 
 
-def print_table(runs: list[Run], nats: list[float]) -> None:
+def print_table(runs: list[Run], nats: list[float], constant: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -281,6 +280,7 @@ def print_table(runs: list[Run], nats: list[float]) -> None:
         ("mean of the last 50 losses, nats", ".5f", [fmean(run.losses[-50:]) for run in runs]),
         ("validation, bits per character", ".4f", [value / math.log(2) for value in nats]),
         ("validation, perplexity", ".4f", [math.exp(value) for value in nats]),
+        ("the same by the characters' frequency", ".4f", [math.exp(constant) for _ in nats]),
     ):
         table.add_row(what, *(format(value, form) for value in values))
     Console(highlight=False).print(table)
@@ -338,9 +338,9 @@ def run_on(args: argparse.Namespace, processes: Processes) -> None:
     config = configure(args, OPTIONS, resumed)
     if config["batch_size"] % processes.size:
         fail(f"--batch-size {config['batch_size']} cannot be shared by {processes.size} processes")
-    text = read_text(args.text, config)
-    vocab, digest = "".join(sorted(set(text))), hashlib.sha256(text.encode()).hexdigest()
-    if resumed and digest != resumed["text"]:
+    text = long_enough(args.text, config)
+    vocab, data_digest = "".join(sorted(set(text))), digest(text)
+    if resumed and data_digest != resumed["data"]:
         fail(f"{args.resume} was trained on another text than {args.text}")
     prompt = args.prompt or ("\n" if "\n" in vocab else text[0])
     if not set(prompt) <= set(vocab):
@@ -369,7 +369,7 @@ def run_on(args: argparse.Namespace, processes: Processes) -> None:
         def save(run: Run = run, backend: str = backend) -> None:
             if args.checkpoint:
                 states[backend] = run.state()
-                content = {"program": "char_lm", "config": config, "text": digest}
+                content = {"program": "char_lm", "config": config, "data": data_digest}
                 if processes.rank == 0:
                     save_checkpoint(args.checkpoint, {**content, "runs": states})
 
@@ -378,7 +378,8 @@ def run_on(args: argparse.Namespace, processes: Processes) -> None:
             print(f"interrupted after step {run.step} of {run.name}; {where}", flush=True)
             raise SystemExit(130)
     print()
-    print_table(runs, [run.evaluate(validation) for run in runs])
+    constant = by_frequency(ids[:split], validation, len(vocab))
+    print_table(runs, [run.evaluate(validation) for run in runs], constant)
 
     title, coincide = f"{model} on {args.text.name}", True
     step_seconds = [median(run.seconds) for run in runs]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sequences import DATA, Vocabulary, choose, padded, read_lines, split
+from sequences import DATA, PAD, Vocabulary, choose, padded, read_lines, split
 from torch import Tensor, nn
 from training import (
     BLUE,
@@ -34,6 +34,7 @@ from training import (
     SEED,
     Option,
     Training,
+    dropout,
     fail,
     figure,
     run_program,
@@ -48,14 +49,18 @@ OPTIONS = [
     CELL,
     Option("hidden", 64, "its hidden_size, in each direction"),
     Option("embedding", 64, "the size of a symbol's embedding"),
-    Option("dropout", 0.5, "dropout on what the layer reads and on its states"),
+    dropout(0.5, "what the layer reads and on its states"),
     Option("batch_size", 32, "sequences of a training step"),
     LR,
     SEED,
     steps(1200),
     *CLIP,
 ]
-JUNCTIONS = Path("R/site-library/mlbench/data/DNA.rda")
+JUNCTIONS = [
+    top / "R/site-library/mlbench/data/DNA.rda"
+    for top in (DATA.parent.parent / "build/usr/lib", Path("/usr/lib"), Path("/usr/local/lib"))
+]
+"""Where `make junctions` puts it, and where Debian and R do."""
 
 Example = tuple[list[str], int]
 
@@ -91,28 +96,25 @@ def sentiment(path: Path | None) -> Task:
 
 def dna(path: Path | None) -> Task:
     """A data frame of R, of three columns to a base and the class."""
-    places = [path] if path else [Path(lib) / JUNCTIONS for lib in ("/usr/lib", "/usr/local/lib")]
+    places = [path] if path else JUNCTIONS
     found = next((place for place in places if place.exists()), None)
     if found is None:
-        fail(
-            f"no {places[0]}; on Debian: apt-get download r-cran-mlbench, then dpkg -x "
-            f"r-cran-mlbench*.deb mlbench, then --task dna mlbench/usr/lib/{JUNCTIONS}"
-        )
+        fail(f"no {places[0]}; `make junctions` fetches it on Debian, R's package mlbench has it")
     try:
         import pyreadr
-
-        frame = pyreadr.read_r(str(found))["DNA"]
-    except ImportError:
-        fail("pyreadr, which reads R's files, is missing: pip install 'fastrnn[examples]'")
-    except (KeyError, pyreadr.PyreadrError, pyreadr.LibrdataError) as error:
-        fail(f"{found}: expected the data frame DNA of mlbench: {error}")
+    except ImportError as error:
+        fail(f"what reads R's files is missing ({error}): pip install 'fastrnn[examples]'")
     of_bits = {"100": "A", "010": "C", "001": "G", "000": "T"}
-    classes = sorted(set(frame["Class"]))
     examples = []
-    for *bits, kind in frame.itertuples(index=False):
-        text = "".join(map(str, bits))
-        bases = [of_bits[text[k : k + 3]] for k in range(0, len(text), 3)]
-        examples.append((bases, classes.index(kind)))
+    try:
+        frame = pyreadr.read_r(str(found))["DNA"]
+        classes = sorted(map(str, set(frame["Class"])))
+        for *bits, kind in frame.itertuples(index=False):
+            text = "".join(map(str, bits))
+            bases = [of_bits[text[k : k + 3]] for k in range(0, len(text), 3)]
+            examples.append((bases, classes.index(str(kind))))
+    except (KeyError, pyreadr.PyreadrError, pyreadr.LibrdataError) as error:
+        fail(f"{found}: expected mlbench's data frame DNA, three bits to a base: {error}")
     return Task(classes, *split(examples))
 
 
@@ -124,7 +126,7 @@ class Classifier(nn.Module):
         self, rnn: type[nn.Module], symbols: int, classes: int, config: dict[str, Any]
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(symbols, config["embedding"], padding_idx=0)
+        self.embedding = nn.Embedding(symbols, config["embedding"], padding_idx=PAD)
         self.rnn = rnn(config["embedding"], config["hidden"], bidirectional=True)
         if isinstance(self.rnn, fastrnn.LSTM):  # it would soon forget what decides early
             fastrnn.init.forget_bias_(self.rnn, 2.0)
@@ -210,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     encoded = [(vocabulary.encode(symbols), kind) for symbols, kind in task.train]
     rnn = getattr(fastrnn, config["cell"].upper())
     model = Classifier(rnn, len(vocabulary), count, config)
-    training = Training("classify", model, config, resumed)
+    training = Training("classify", model, config, task, resumed)
 
     def loss_of_a_batch() -> Tensor:
         sequences, kinds = zip(*choose(encoded, config["batch_size"]), strict=True)

@@ -123,9 +123,16 @@ def naive(series: Series, ahead: int, cycle: int = 1) -> Tensor:
 
 
 def plot(
-    path: Path, series: Series, predicted: Tensor, curves: dict[str, list[float]], title: str
+    path: Path,
+    title: str,
+    training: Training,
+    series: Series,
+    predicted: Tensor,
+    curves: dict[str, list[float]],
 ) -> None:
-    with figure(path, title, 1, 2, figsize=(12, 4.2), width_ratios=(2, 1)) as (left, right):
+    how = {"figsize": (15, 4.2), "width_ratios": (1, 1.8, 1)}
+    with figure(path, title, 1, 3, **how) as (first, left, right):
+        training.draw(first, "mean square error, of the scaled numbers")
         begin = series.train - 20
         left.plot(series.times[begin:], series.values[begin:], color=BLUE, label="sunspots")
         left.plot(
@@ -154,11 +161,15 @@ def main(argv: list[str] | None = None) -> None:
     args, config, resumed = start("forecast", __doc__, OPTIONS, argv, arguments)
     series = Series(args.series)
     window, T = config["window"], series.train
-    if window >= T or series.validation - T < 2 or T - 1 < CYCLE:
-        fail(f"{args.series} has {T} values to learn from, not more than a --window of {window}")
+    if max(window, CYCLE) >= T:
+        why = f"a --window of {window}" if window >= CYCLE else f"a cycle of {CYCLE}"
+        fail(f"{args.series} has {T} values to learn from, not more than {why}")
 
     rnn = getattr(fastrnn, config["cell"].upper())
-    training = Training("forecast", model := Forecaster(rnn, config["hidden"]), config, resumed)
+    data = series.times, series.values.tolist()
+    training = Training(
+        "forecast", model := Forecaster(rnn, config["hidden"]), config, data, resumed
+    )
     numbers = series.network()[:T, 0, 0]
     sequences = numbers.unfold(0, window + 1, 1).t()[:, :, None]  # [window + 1, how many, 1]
 
@@ -169,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         return loss
 
     def validate() -> float:
-        return errors(forecasts(model, series, 1), series, T, series.validation)[0]
+        error = errors(forecasts(model, series, 1), series, T, series.validation)[0]
+        return (error / series.scale.item()) ** 2
 
     last = len(series.values)
     years = (
@@ -192,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     title = f"One year ahead the error is {ours[0]:.1f}, of the naive forecast {this_year[0]:.1f}"
     print(f"\n{title}.")
     if args.plot:
-        plot(args.plot, series, predicted, curves, title)
+        plot(args.plot, title, training, series, predicted, curves)
 
 
 if __name__ == "__main__":

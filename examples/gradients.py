@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from char_lm import BOOK, CharLM, streams
+from sequences import by_frequency
 from torch import Tensor, nn
-from training import clip, figure, progress, run_program
+from training import check_files, clip, figure, progress, run_program
 
 import fastrnn
 from fastrnn.diagnostics import gradient_flow
@@ -57,6 +58,7 @@ def flows(x: Tensor) -> dict[str, Curves]:
     """What reaches each step, by picture and layer."""
 
     def lstm(change: Callable[[fastrnn.LSTM], Any] = lambda _: None) -> fastrnn.LSTM:
+        torch.manual_seed(0)  # all begin with the same weights
         change(layer := fastrnn.LSTM(EMBEDDING, HIDDEN))
         return layer
 
@@ -89,7 +91,7 @@ def clipped(data: Tensor, symbols: int, length: int, steps: int) -> dict[str, Cu
         rnn = functools.partial(fastrnn.RNN, nonlinearity="relu")
         model = CharLM(rnn, symbols, config)
         fastrnn.init.identity_(model.rnn)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
         losses: list[float] = []
         norms: list[float] = []
 
@@ -112,6 +114,10 @@ def clipped(data: Tensor, symbols: int, length: int, steps: int) -> dict[str, Cu
     return found
 
 
+def finite(values: Tensor) -> Tensor:
+    return values[values.isfinite()]
+
+
 def plot(path: Path, pictures: dict[str, Curves], losses: Curves, length: int) -> None:
     title = (
         f"What of the last step's gradient reaches each of {length} steps, and what clipping does"
@@ -125,11 +131,10 @@ def plot(path: Path, pictures: dict[str, Curves], losses: Curves, length: int) -
             panel.set(title=name, xlabel="time step", yscale="log", ylim=(max(low, 1e-20), None))
             panel.set_ylabel("gradient, over the last step's")
         for (label, values), color in zip(losses.items(), COLORS, strict=False):
-            finite = values[values.isfinite()]
-            if len(finite) < len(values):
-                label += f", no number after step {len(finite)}"
-            mark = "x" if len(finite) < len(values) else None
-            last.plot(range(1, len(finite) + 1), finite, color=color, label=label, marker=mark)
+            shown, mark = finite(values), None
+            if len(shown) < len(values):
+                mark, label = "x", f"{label}, no number after step {len(shown)}"
+            last.plot(range(1, len(shown) + 1), shown, color=color, label=label, marker=mark)
         last.set(title="a relu RNN from W_hh = I, trained by SGD", xlabel="training step")
         last.set(ylabel="loss, nats per character", yscale="log")
         for panel in panels.flatten():
@@ -139,12 +144,13 @@ def plot(path: Path, pictures: dict[str, Curves], losses: Curves, length: int) -
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("gradients", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--length", type=int, default=200, help="time steps (default 200)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps (default 200)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps (default 600)")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the result here")
     args = parser.parse_args(argv)
-    if args.length < 2 or args.steps < 1:
-        parser.error("expected --length 2 or more and --steps 1 or more")
+    check_files(parser, args.plot)
     data, symbols = characters()
+    if not 2 <= args.length < len(data) // 2 or args.steps < 1:
+        parser.error(f"expected --length from 2 to {len(data) // 2 - 1} and --steps 1 or more")
     torch.manual_seed(0)
     x = nn.functional.embedding(data[: args.length], torch.randn(symbols, EMBEDDING).double())
     pictures = flows(x)
@@ -154,10 +160,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  {name}")
         for label, values in curves.items():
             print(f"    {label:28}{values[0].item():9.1e}")
+    learnt = data[: args.steps * args.length].flatten()
+    constant = by_frequency(learnt, learnt, symbols)
     print(f"\na relu RNN from W_hh = I, {args.steps} steps of SGD on {args.length} characters:")
     print(f"  {'':22}{'largest gradient':>18}{'last loss, nats':>18}")
     for label, values in losses["loss"].items():
-        print(f"  {label:22}{losses['norm'][label].max().item():18.1e}{values[-1].item():18.2f}")
+        largest = finite(losses["norm"][label]).max().item()
+        print(f"  {label:22}{largest:18.1e}{values[-1].item():18.2f}")
+    print(f"  by the characters' frequency{constant:30.2f}")
     if args.plot:
         plot(args.plot, pictures, losses["loss"], args.length)
 

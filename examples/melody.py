@@ -18,10 +18,11 @@ from collections import Counter
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from sequences import PAD, UNKNOWN, Vocabulary, choose, padded, split
+from abc_notation import BAR, LETTERS, REST, Key, Tune, abc, read_tune
+from sequences import PAD, UNKNOWN, Vocabulary, by_frequency, choose, padded, split
 from torch import Tensor, nn
 from training import (
     BLUE,
@@ -32,6 +33,7 @@ from training import (
     SEED,
     Option,
     Training,
+    dropout,
     fail,
     figure,
     run_program,
@@ -45,7 +47,7 @@ OPTIONS = [
     CELL,
     Option("hidden", 192, "its hidden_size"),
     Option("embedding", 64, "the size of a note's embedding"),
-    Option("dropout", 0.3, "dropout on its input and output"),
+    dropout(0.3, "its input and output"),
     Option("batch_size", 32, "tunes of a training step"),
     LR,
     SEED,
@@ -58,158 +60,7 @@ LONGEST = 250
 RARE = 20
 """A note that occurs less often in all tunes leaves its tune out."""
 
-BAR, END, REST = "|", "end", "z"
-LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
-FIFTHS = "FCGDAEB"
-# How many sharps more than major on the same tonic.
-MODES = {"": 0, "maj": 0, "ion": 0, "mix": -1, "dor": -2, "m": -3, "min": -3, "aeo": -3, "phr": -4}
-
-
-class Key(NamedTuple):
-    """A tonic and a mode, such as D and dor, and with them how many sharps, or flats below zero."""
-
-    tonic: str
-    mode: str
-    sharps: int
-
-    def __str__(self) -> str:
-        return self.tonic + self.mode
-
-    def letters(self) -> dict[str, int]:
-        """The pitch class of each letter without an accidental."""
-        order = FIFTHS if self.sharps > 0 else FIFTHS[::-1]
-        changed = order[: abs(self.sharps)]
-        shift = 1 if self.sharps > 0 else -1
-        return {letter: n + shift * (letter in changed) for letter, n in LETTERS.items()}
-
-    def scale(self) -> set[int]:
-        return {n % 12 for n in self.letters().values()}
-
-
-class Tune(NamedTuple):
-    """notes: BAR, or a pitch as MIDI counts it (or REST), a colon and a part of a whole note."""
-
-    key: Key
-    metre: str
-    notes: list[str]
-
-
-def read_key(text: str) -> Key:
-    """As ABC writes it after K: or raises ValueError."""
-    found = re.match(r"\s*([A-G])([#b]?)\s*([a-zA-Z]*)", text)
-    mode = found[3].lower()[:3] if found else ""
-    if not found or mode not in MODES:
-        raise ValueError(f"expected a key such as G, Em or Ddor, got {text.strip()!r}")
-    mode = {"maj": "", "ion": "", "min": "m", "aeo": "m"}.get(mode, mode)
-    sharps = FIFTHS.index(found[1]) - 1 + 7 * ((found[2] == "#") - (found[2] == "b")) + MODES[mode]
-    if abs(sharps) > 7:
-        raise ValueError(f"expected a key of seven sharps or flats at most, got {text.strip()!r}")
-    return Key(found[1] + found[2], mode, sharps)
-
-
-# What is not of the melody: words in quotes, grace notes, ornaments, slurs and the like.
-DECORATION = re.compile(r'"[^"]*"|\{[^}]*\}|![^!]*!|%.*|\\$|[~.HLMOPSTuv`)\-]|\((?!\d)|\s', re.M)
-PART = re.compile(
-    r"(?P<tuplet>\(\d)|(?P<bar>[:|\]]*\|[:|\]]*\[?[12]?|::|\[[12])|(?P<broken>[<>]+)"
-    r"|(?P<accidental>[_^=]*)(?P<letter>[A-Ga-gz])(?P<octave>[,']*)(?P<times>\d*)(?P<over>/*\d*)"
-)
-
-
-def read_note(part: re.Match[str], signs: dict[str, int], alone: dict[str, int]) -> str:
-    """The pitch of a note, after which an accidental holds in ``signs`` to the bar's end."""
-    letter = part["letter"]
-    if letter == "z":
-        return REST
-    if part["accidental"]:
-        sharper = {"^": 1, "_": -1, "=": 0}
-        alone[letter.upper()] = LETTERS[letter.upper()] + sum(
-            sharper[a] for a in part["accidental"]
-        )
-    octave = letter.islower() + part["octave"].count("'") - part["octave"].count(",")
-    return str(60 + alone.get(letter.upper(), signs[letter.upper()]) + 12 * octave)
-
-
-def read_tune(text: str) -> Tune:
-    """One tune in ABC. Raises ValueError where it has what is not read: chords, changing keys."""
-    fields = dict(re.findall(r"^([MLK]):(.*)$", text, re.M))
-    if (
-        "K" not in fields
-        or len(re.findall(r"^K:", text, re.M)) > 1
-        or re.search(r"^V:", text, re.M)
-    ):
-        raise ValueError("expected one key and one voice")
-    metre = {"C": "4/4", "C|": "2/2"}.get(m := fields.get("M", "4/4").strip(), m)
-    unit = Fraction(fields.get("L", "1/8").strip())
-    key = read_key(fields["K"])
-    body = re.sub(r"^[A-Za-z]:.*$|^%.*$", "", text, flags=re.M)
-    body = DECORATION.sub("", body)
-    signs, alone = key.letters(), dict[str, int]()
-    notes: list[tuple[str, Fraction]] = []
-    at, triplet, longer = 0, 0, Fraction(1)
-    while at < len(body):
-        part = PART.match(body, at)
-        if not part:
-            raise ValueError(f"cannot read {body[at : at + 10]!r}")
-        at = part.end()
-        if part["tuplet"]:
-            if part["tuplet"] != "(3":
-                raise ValueError(f"cannot read {part['tuplet']!r}")
-            triplet = 3
-        elif part["bar"]:
-            alone.clear()
-            if notes and notes[-1][0] != BAR:
-                notes.append((BAR, Fraction(0)))
-        elif part["broken"]:
-            if not notes or notes[-1][0] == BAR:
-                raise ValueError("expected a note before < or >")
-            short = Fraction(1, 2 ** len(part["broken"]))
-            before, longer = (2 - short, short) if part["broken"][0] == ">" else (short, 2 - short)
-            notes[-1] = notes[-1][0], notes[-1][1] * before
-        else:
-            over = part["over"]
-            below = 2 ** len(over) if over.strip("/") == "" else int(over.strip("/"))
-            length = unit * int(part["times"] or 1) / below * longer
-            notes.append(
-                (read_note(part, signs, alone), length * Fraction(2, 3) if triplet else length)
-            )
-            triplet, longer = max(0, triplet - 1), Fraction(1)
-    while notes and notes[-1][0] == BAR:
-        notes.pop()
-    return Tune(key, metre, [pitch if pitch == BAR else f"{pitch}:{d}" for pitch, d in notes])
-
-
-def spell(pitch: int, signs: dict[str, int]) -> tuple[str, str, int]:
-    """An accidental, a letter, and how many half-tones above C that is, octaves aside."""
-    for letter, value in signs.items():
-        if (pitch - value) % 12 == 0:
-            return "", letter, value
-    shifts = {"=": 0, "^": 1, "_": -1}
-    spellings = [(a, x, LETTERS[x] + shift) for a, shift in shifts.items() for x in LETTERS]
-    return next(each for each in spellings if (pitch - each[2]) % 12 == 0)
-
-
-def abc(tune: Tune, title: str) -> str:
-    """The tune in ABC notation."""
-    signs, bars, alone = tune.key.letters(), [""], dict[str, int]()
-    for note in tune.notes:
-        if note == BAR:
-            bars.append("")
-            alone.clear()
-            continue
-        pitch, _, length = note.partition(":")
-        name = pitch
-        if pitch != REST:
-            accidental, letter, value = spell(int(pitch), signs | alone)
-            if accidental:
-                alone[letter] = value
-            octave = (int(pitch) - 60 - value) // 12
-            high = letter.lower() + "'" * (octave - 1)
-            name = accidental + (high if octave > 0 else letter + "," * -octave)
-        eighths = Fraction(length) * 8
-        bars[-1] += name + (f"{eighths}" if eighths != 1 else "")
-    lines = [" | ".join(bars[k : k + 4]) for k in range(0, len(bars), 4)]
-    head = f"X:1\nT:{title}\nM:{tune.metre}\nL:1/8\nK:{tune.key}\n"
-    return head + " |\n".join(lines) + " |]"
+END = "end"
 
 
 def collection() -> list[Tune]:
@@ -225,7 +76,7 @@ def collection() -> list[Tune]:
             for part in re.split(r"^(?=X:)", text, flags=re.M)[1:]:
                 try:
                     tune = read_tune(part)
-                except (ValueError, ZeroDivisionError):
+                except ValueError:
                     continue
                 if 16 <= len(tune.notes) <= LONGEST and tune.notes[0] != BAR:
                     found.append(tune)
@@ -371,11 +222,12 @@ def main(argv: list[str] | None = None) -> None:
     if len(given.notes) != 1:
         fail(f"--note: expected one note, got {args.note!r}")
     key, known = given.key, {*tunes.whole, *tunes.notes.symbols}
-    if missing := {str(key), given.metre, *given.notes} - known:
-        fail(f"no tune that was learnt from has {min(missing)}")
+    for what, got in ((str(key), args.key), (given.metre, args.metre), (given.notes[0], args.note)):
+        if what not in known:
+            fail(f"no tune that was learnt from has {got}")
     rnn = getattr(fastrnn, config["cell"].upper())
     model = Composer(rnn, len(tunes.whole), len(tunes.notes), config)
-    training = Training("melody", model, config, resumed)
+    training = Training("melody", model, config, train, resumed)
     learnt, kept, judged = ([tunes.encode(t) for t in part] for part in (train, validation, test))
     sizes = " + ".join(f"{len(part):,}" for part in (train, validation, test))
     print(
@@ -388,31 +240,36 @@ def main(argv: list[str] | None = None) -> None:
         args.checkpoint,
     )
 
-    counts = Counter(i for _, ids in learnt for i in ids[1:].tolist())
-    share = torch.tensor([counts[i] + 1.0 for i in range(len(tunes.notes))])
-    said = torch.cat([ids[1:] for _, ids in judged])
-    constant = nn.functional.cross_entropy(share.log().expand(len(said), -1), said).item()
+    said = [torch.cat([ids[1:] for _, ids in part]) for part in (learnt, judged)]
+    constant = by_frequency(*said, len(tunes.notes))
     with torch.no_grad():
         ours = tunes.loss(model, judged).item()
     print(
         f"\ncross-entropy of a note, test: {ours:.2f} nats, by the notes' frequency {constant:.2f}"
     )
     made = tunes.compose(model, test, args.temperature, config["seed"])
-    shuffled = [tune._replace(notes=test[k - 1].notes) for k, tune in enumerate(test)]
+    # As if the network had not been told: the notes of a tune of another key and metre.
+    others = []
+    for k, tune in enumerate(test):
+        unlike = [
+            t for t in test[k + 1 :] + test[:k] if t.key != tune.key and t.metre != tune.metre
+        ]
+        others += [tune._replace(notes=t.notes) for t in unlike[:1]]
     print(f"\n{'':28}{'notes in key':>14}{'full bars':>12}")
     for name, some in (
         ("test tunes", test),
         ("written, same key and metre", made),
-        ("another test tune", shuffled),
+        ("of another key and metre", others),
     ):
         print(f"{name:28}{in_key(some):14.1%}{full_bars(some):12.1%}")
-    # A second one from the same note, in another key.
-    other = read_key("Em" if str(key) != "Em" else "G")
+    # A second one from the same note, in the key that is farthest.
+    other = max((tune.key for tune in train), key=lambda k: abs(k.sharps - key.sharps))
     pair = tunes.compose(
         model, [given, given._replace(key=other)], args.temperature, config["seed"]
     )
     print(f"\n{abc(pair[0], f'From {key}, {given.metre} and {args.note}')}")
-    title = f"{in_key(made):.0%} of the notes that it writes are in the key that it was given"
+    title = f"Of its notes {in_key(made):.0%} are in the key that it was given, of other tunes' "
+    title += f"{in_key(others):.0%}"
     print(f"\n{title}.")
     if args.plot:
         plot(args.plot, title, training, pair)

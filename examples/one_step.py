@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     learn, choose, judge = *parts, slice(series.validation - CYCLE, None)
     rnn = getattr(fastrnn, config["cell"].upper())
     model = OneStep(rnn, CYCLE, config["hidden"])
-    training = Training("one_step", model, config, resumed)
+    training = Training("one_step", model, config, series.values.tolist(), resumed)
 
     # It learns the change from the last year, so that to know nothing is the naive forecast.
     change = y - x[:, -1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from training import fail
 
 # As one process would have it, whatever the model and its optimizer are cut into.
@@ -43,6 +45,9 @@ class Processes:
         self.device = torch.device(
             device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None
         )
+        gpus = torch.cuda.device_count()
+        if self.device.type == "cuda" and self.device.index >= gpus:
+            fail(f"expected a GPU for each process, got {gpus} for {self.device.index + 1} or more")
         self.sharded = sharded
 
     def __enter__(self) -> Processes:
@@ -66,6 +71,14 @@ class Processes:
             sys.stdout = self.stdout
         if self.started:
             dist.destroy_process_group()
+
+    def generators(self) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+        """How to get and to set the state of each random generator that a training draws from."""
+        found = [(torch.get_rng_state, torch.set_rng_state)]
+        if self.device.type == "cuda":
+            get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+            found.append((lambda: get(self.device), lambda state: put(state, self.device)))
+        return found
 
     def share(self, batch: Tensor, dim: int) -> Tensor:
         """This process's part of a batch."""
@@ -103,10 +116,12 @@ class Processes:
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
 
+            # Without it FSDP would take the machine's GPUs whatever the device.
+            mesh = init_device_mesh(self.device.type, (self.size,))
             for child in model.children():
                 if any(True for _ in child.parameters()):
-                    fully_shard(child)
-            return fully_shard(model)
+                    fully_shard(child, mesh=mesh)
+            return fully_shard(model, mesh=mesh)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 

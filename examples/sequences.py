@@ -60,14 +60,25 @@ def split(items: Sequence[Item]) -> tuple[list[Item], list[Item], list[Item]]:
     return shuffled[:first], shuffled[first:second], shuffled[second:]
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8, compressed by gzip if it is called .gz."""
+def by_frequency(learnt: Tensor, judged: Tensor, symbols: int) -> float:
+    """What a constant predictor reaches: the mean cross-entropy by the symbols' frequency."""
+    share = torch.bincount(learnt, minlength=symbols) + 1.0
+    logits = share.log().expand(len(judged), -1)
+    return nn.functional.cross_entropy(logits, judged).item()
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, compressed by gzip if it is called .gz."""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-        return content.decode("utf-8").splitlines()
+        return content.decode("utf-8").replace("\r\n", "\n")
     except (OSError, EOFError, zlib.error) as error:
         fail(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
     except UnicodeDecodeError as error:
         fail(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
+
+
+def read_lines(path: Path) -> list[str]:
+    return read_text(path).splitlines()

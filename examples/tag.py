@@ -17,7 +17,19 @@ from typing import Any
 import torch
 from sequences import DATA, PAD, Vocabulary, choose, padded, read_lines, split
 from torch import Tensor, nn
-from training import CELL, CLIP, LR, SEED, Option, Training, figure, run_program, start, steps
+from training import (
+    CELL,
+    CLIP,
+    LR,
+    SEED,
+    Option,
+    Training,
+    dropout,
+    figure,
+    run_program,
+    start,
+    steps,
+)
 
 import fastrnn
 
@@ -25,7 +37,7 @@ OPTIONS = [
     CELL,
     Option("hidden", 96, "its hidden_size, in each direction"),
     Option("embedding", 96, "the size of a word's embedding"),
-    Option("dropout", 0.4, "dropout on what the layer reads and on its output"),
+    dropout(0.4, "what the layer reads and on its output"),
     Option("batch_size", 64, "utterances of a training step"),
     LR._replace(default=1e-2),
     SEED,
@@ -53,9 +65,9 @@ Utterance = list[tuple[str, str]]
 
 
 def corpus() -> list[Utterance]:
-    """Utterances of words and their tags."""
+    """Utterances of words and their tags, each once: a short one is said again and again."""
     found = []
-    for line in read_lines(DATA / "cantonese.txt.gz"):
+    for line in dict.fromkeys(read_lines(DATA / "cantonese.txt.gz")):
         words = (word.rpartition("/") for word in line.split())
         found.append([(word, tag) for word, _, tag in words])
     return found
@@ -141,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = Batches(train)
     rnn = getattr(fastrnn, config["cell"].upper())
     model = Tagger(rnn, len(batches.words), len(batches.tags), config)
-    training = Training("tag", model, config, resumed)
+    training = Training("tag", model, config, train, resumed)
     learnt, kept = ([batches.encode(u) for u in part] for part in (train, validation))
     sizes = " + ".join(f"{len(part):,}" for part in (train, validation, test))
     words = f"{len(batches.words):,} words, {len(batches.tags) - 2} tags"
@@ -156,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     found = batches.tag(model, [[word for word, _ in u] for u in test])
     frequent = Counter(tag for u in train for _, tag in u)
     most = frequent.most_common(1)[0][0]
-    alone = word_by_word(train)
+    alone = word_by_word(train)  # a word that it does not know is most often a noun
     right: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
     ours, by_word, always = (
@@ -173,10 +185,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nright of the {total:,} words in test utterances")
     for name in (ours, by_word, always):
         print(f"  {name:24}{right[name] / total:7.1%}")
-    longest = max(range(len(test)), key=lambda i: len(set(found[i])) if len(test[i]) < 13 else 0)
+    shown = max(range(len(test)), key=lambda i: len(set(found[i])) if len(test[i]) < 13 else 0)
     print(
-        "\n"
-        + " ".join(f"{w}/{tag}" for (w, _), tag in zip(test[longest], found[longest], strict=True))
+        "\n" + " ".join(f"{w}/{tag}" for (w, _), tag in zip(test[shown], found[shown], strict=True))
     )
     share, other = right[ours] / total, right[by_word] / total
     title = f"{share:.1%} of the tags are right, word by word {other:.1%}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import io
 import math
@@ -26,22 +27,29 @@ BLUE, RED, GREY = "#1d3557", "#e76f51", "#8d99ae"
 class Option(NamedTuple):
     """One of the model or its training. A checkpoint keeps its value, and decides if none is given.
 
-    A default of zero says that zero is allowed.
+    Attributes:
+        from_zero: whether a number may be zero; otherwise it is positive.
     """
 
     name: str
     default: Any
     meaning: str
     choices: tuple[str, ...] | None = None
+    from_zero: bool = False
 
 
 CELL = Option("cell", "lstm", "the recurrent layer", ("rnn", "gru", "lstm"))
 LR = Option("lr", 3e-3, "Adam's learning rate")
-SEED = Option("seed", 0, "of all that is random")
+SEED = Option("seed", 0, "of all that is random", from_zero=True)
+NO_LIMIT = "; 0 for no limit"
 CLIP = (
-    Option("clip_norm", 1.0, "most of the norm of all gradients together; 0 for no limit"),
-    Option("clip_value", 0.0, "most of each element of a gradient; 0 for no limit"),
+    Option("clip_norm", 1.0, f"most of all gradients' norm{NO_LIMIT}", from_zero=True),
+    Option("clip_value", 0.0, f"most of a gradient's each element{NO_LIMIT}", from_zero=True),
 )
+
+
+def dropout(default: float, where: str) -> Option:
+    return Option("dropout", default, f"dropout on {where}", from_zero=True)
 
 
 def steps(default: int) -> Option:
@@ -65,7 +73,8 @@ def add_options(parser: argparse.ArgumentParser, options: list[Option]) -> None:
         add(_flag(option.name), type=type(option.default), choices=option.choices, help=text)
     when = f"save here every {SAVE_EVERY} steps, at the end and on Ctrl-C"
     add("--checkpoint", type=Path, metavar="PATH", help=f"{when} (default that of --resume)")
-    add("--resume", type=Path, metavar="PATH", help="go on from this checkpoint")
+    more = "go on from this checkpoint; with as many --steps as are done, only show what it can do"
+    add("--resume", type=Path, metavar="PATH", help=more)
     add("--plot", type=Path, metavar="PATH", help="draw the result here (.png, .pdf or .svg)")
 
 
@@ -75,23 +84,31 @@ def check_options(
     options: list[Option],
     from_zero: tuple[str, ...] = (),
 ) -> None:
-    """Finds before the training what would fail after it.
+    """Finds before the training what would fail after it: numbers, and what ``check_files`` does.
 
-    Numbers are positive, those named may be zero, and a dropout is less than one.
+    Args:
+        from_zero: arguments that are not options and may be zero.
     """
     args.checkpoint = args.checkpoint or args.resume
-    zeros = {"clip_norm", *from_zero, *(o.name for o in options if o.default == 0)}
+    zeros = {*from_zero, *(option.name for option in options if option.from_zero)}
     for name, value in vars(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = 0 if name in zeros else 1e-6, 1 if name == "dropout" else math.inf
             if not low <= value < high:
                 parser.error(f"{_flag(name)} cannot be {value}")
-    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
-    for path in args.checkpoint, args.plot:
+    check_files(parser, args.plot, args.checkpoint)
+
+
+def check_files(
+    parser: argparse.ArgumentParser, plot: Path | None, checkpoint: Path | None = None
+) -> None:
+    """Whether the plot and the checkpoint can be written, and what that needs is installed."""
+    if plot and plot.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--plot {plot}: the name must end in .png, .pdf or .svg")
+    for path in checkpoint, plot:
         if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
             fail(f"cannot save {path}: no such folder, or not writable")
-    for module in ["rich", "matplotlib"] if args.plot else ["rich"]:
+    for module in ["rich", "matplotlib"] if plot else ["rich"]:
         if importlib.util.find_spec(module) is None:
             fail(f"{module} is missing: pip install 'fastrnn[demo]'")
 
@@ -172,7 +189,7 @@ def load_checkpoint(path: Path, program: str, options: list[Option]) -> dict[str
         fail(f"{path} is not a checkpoint, or it is damaged ({type(error).__name__})")
     if not isinstance(checkpoint, dict) or checkpoint.get("program") != program:
         fail(f"{path} is not a checkpoint of this program")
-    if list(checkpoint["config"]) != [option.name for option in options]:
+    if list(checkpoint.get("config", ())) != [option.name for option in options]:
         fail(f"{path} was saved by another version of this program")
     return checkpoint
 
@@ -243,26 +260,43 @@ def clip(model: nn.Module, config: dict[str, Any]) -> float:
     """Limits the gradients as the options of CLIP say, first each element and then their norm.
 
     Returns:
-        The norm before it was limited.
+        The norm of all gradients before that.
     """
+    weights = [weight for weight in model.parameters() if weight.grad is not None]
+    norm = nn.utils.get_total_norm([weight.grad for weight in weights])
     if config["clip_value"]:
-        nn.utils.clip_grad_value_(model.parameters(), config["clip_value"])
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config["clip_norm"] or math.inf)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded parameters
-    return norm.item()
+        nn.utils.clip_grad_value_(weights, config["clip_value"])
+    if config["clip_norm"] and config["clip_value"]:
+        nn.utils.clip_grad_norm_(weights, config["clip_norm"])
+    elif config["clip_norm"]:
+        nn.utils.clip_grads_with_norm_(weights, config["clip_norm"], norm)
+    # Of sharded parameters, with which each process knows a part.
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+def digest(data: object) -> str:
+    """Tells data from other data, by what is printed of them."""
+    return hashlib.sha256(repr(data).encode()).hexdigest()
 
 
 class Training:
-    """Adam's steps on one model, saved as they are made, with the weights that validate best."""
+    """Adam's steps on one model, saved as they are made, with the weights that validate best.
+
+    Args:
+        data: what is learnt from; a checkpoint is refused that was trained on other data.
+        resumed: the checkpoint to go on from, if any.
+    """
 
     def __init__(
         self,
         program: str,
         model: nn.Module,
         config: dict[str, Any],
-        resumed: dict[str, Any] | None = None,
+        data: object,
+        resumed: dict[str, Any] | None,
     ) -> None:
         self.program, self.model, self.config = program, model, config
+        self.data = digest(data)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
@@ -274,6 +308,7 @@ class Training:
         return {
             "program": self.program,
             "config": self.config,
+            "data": self.data,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -283,10 +318,9 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError:  # sizes that follow from the data
+        if state["data"] != self.data:
             fail(f"{state['path']} was trained on other data")
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.losses, self.validation = state["losses"], state["validation"]
@@ -324,14 +358,8 @@ class Training:
                 self.optimizer.step()
                 self.losses.append(loss.item())
                 step = len(self.losses)
-                if step % every == 0 or step == steps:
-                    self.model.eval()
-                    with torch.no_grad():
-                        error = validate()
-                    self.model.train()
-                    if error < min((e for _, e in self.validation), default=math.inf):
-                        self.best = {n: w.clone() for n, w in self.model.state_dict().items()}
-                    self.validation.append((step, error))
+                if step % every == 0:
+                    self.validate(validate)
                 report(step)
                 if step % SAVE_EVERY == 0:
                     save()
@@ -340,8 +368,20 @@ class Training:
             where = f"go on with --resume {checkpoint}" if checkpoint else "nothing saved"
             print(f"interrupted after step {len(self.losses)}; {where}", flush=True)
             raise SystemExit(130)
+        # Not in the checkpoint: with more steps there would be no validation here.
+        if [step for step, _ in self.validation[-1:]] != [len(self.losses)]:
+            self.validate(validate)
         self.model.load_state_dict(self.best)
         self.model.eval()
+
+    def validate(self, validate: Callable[[], float]) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            error = validate()
+        self.model.train()
+        if error < min((e for _, e in self.validation if not math.isnan(e)), default=math.inf):
+            self.best = {name: w.clone() for name, w in self.model.state_dict().items()}
+        self.validation.append((len(self.losses), error))
 
     def draw(self, panel: Any, what: str = "loss") -> None:
         """The losses, a running mean since single batches scatter, and what validation said."""

@@ -13,15 +13,37 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sequences import DATA, PAD, UNKNOWN, Vocabulary, choose, padded, read_lines, split
+from sequences import (
+    DATA,
+    PAD,
+    UNKNOWN,
+    Vocabulary,
+    by_frequency,
+    choose,
+    padded,
+    read_lines,
+    split,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import CELL, CLIP, LR, SEED, Option, Training, fail, figure, run_program, start, steps
+from training import (
+    CELL,
+    CLIP,
+    LR,
+    SEED,
+    Option,
+    Training,
+    dropout,
+    fail,
+    figure,
+    run_program,
+    start,
+    steps,
+)
 
 import fastrnn
 
@@ -30,7 +52,7 @@ OPTIONS = [
     CELL,
     Option("hidden", 256, "the decoder's hidden_size, half of it in each direction of the encoder"),
     Option("embedding", 128, "the size of a word's embedding"),
-    Option("dropout", 0.4, "dropout on what the layers read, and before the last"),
+    dropout(0.4, "what the layers read, and before the last"),
     Option("batch_size", 64, "pairs of a training step"),
     LR,
     SEED,
@@ -184,6 +206,9 @@ def main(argv: list[str] | None = None) -> None:
     args, config, resumed = start("translate", __doc__, OPTIONS, argv, arguments)
     if config["hidden"] % 2:
         fail(f"--hidden {config['hidden']}: expected an even number, half for each direction")
+    asked = words(args.translate or "")
+    if args.translate is not None and not asked:
+        fail(f"--translate: expected a word or more, got {args.translate!r}")
     train, validation, test = split(read_pairs(args.pairs))
     if not (train and validation and test):
         fail(f"{args.pairs}: expected ten pairs or more of up to {LONGEST} words")
@@ -192,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     begin, end = target.index[BEGIN], target.index[END]
     rnn = getattr(fastrnn, config["cell"].upper())
     model = Translator(rnn, len(source), len(target), config)
-    training = Training("translate", model, config, resumed)
+    training = Training("translate", model, config, train, resumed)
 
     def encode(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
         return [(source.encode(s), target.encode([BEGIN, *t, END])) for s, t in pairs]
@@ -217,12 +242,9 @@ def main(argv: list[str] | None = None) -> None:
         args.checkpoint,
     )
 
-    # What a predictor that does not look at its input can reach: each word's frequency.
-    counts = Counter(i for _, ids in learnt for i in ids[1:].tolist())
-    share = torch.tensor([counts[i] + 1.0 for i in range(len(target))])
     judged = encode(test)
-    said = torch.cat([ids[1:] for _, ids in judged])
-    constant = F.cross_entropy(share.log().expand(len(said), -1), said).item()
+    said = [torch.cat([ids[1:] for _, ids in part]) for part in (learnt, judged)]
+    constant = by_frequency(*said, len(target))
     with torch.no_grad():
         ours = loss(judged).item()
     print(
@@ -246,9 +268,8 @@ def main(argv: list[str] | None = None) -> None:
     for (read, wanted), text in list(zip(test, texts, strict=True))[:8]:
         mark = "=" if text == wanted else f"right: {' '.join(wanted)}"
         print(f"  {' '.join(read)} -> {' '.join(text)}  ({mark})")
-    if args.translate:
-        ids = source.encode(words(args.translate) or fail("--translate: expected a word or more"))
-        (found_ids, _), *_ = search(model, [ids], begin, end, args.beam)
+    if asked:
+        ((found_ids, _),) = search(model, [source.encode(asked)], begin, end, args.beam)
         print(f"\n{args.translate} -> {' '.join(target.decode(found_ids))}")
     title = f"{right:.0%} of the test messages are translated word for word as by a person"
     print(f"\n{title}.")
