@@ -135,7 +135,7 @@ class Run:
         self.processes.load(self.model, self.optimizer, state)
         for saved, (_, put) in zip(state["rng"], self.processes.generators(), strict=False):
             if self.processes.rank < len(saved):
-                put(saved[self.processes.rank])
+                put(saved[self.processes.rank].clone())  # torch takes no part of a tensor
         device = self.processes.device
         hidden = tuple(self.processes.share(part, 1).to(device) for part in state["hidden"])
         self.hidden = hidden if len(hidden) > 1 else hidden[0] if hidden else None

@@ -217,8 +217,9 @@ def test_numba_leaves_to_torch_what_torch_does_faster(monkeypatch: pytest.Monkey
             layer, torch.randn(shape, dtype=next(layer.parameters()).dtype)
         ).backend
 
-    assert chosen(fastrnn.LSTM(3, 64), 5, 8, 3) == "numba"
-    assert chosen(fastrnn.LSTM(3, 64), 5, 9, 3) == "torch"
+    assert chosen(fastrnn.LSTM(3, 32), 5, 16, 3) == "numba"
+    assert chosen(fastrnn.LSTM(3, 32), 5, 17, 3) == "torch"
+    assert chosen(fastrnn.LSTM(3, 33), 5, 1, 3) == "torch"
     assert chosen(fastrnn.LSTM(3, 64, dtype=torch.float64), 5, 9, 3) == "numba"
     assert chosen(fastrnn.LSTM(3, 64, proj_size=5), 5, 9, 3) == "numba"
     assert chosen(fastrnn.GRU(3, 64), 5, 9, 3) == "numba"

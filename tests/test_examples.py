@@ -737,7 +737,7 @@ def test_a_checkpoint_of_other_data(longer, few, tmp_path):
         other.write_text("1.0\tgood film\n-1.0\tbad film\n" * 30, encoding="utf-8")
     else:
         program, options = forecast, ["--hidden", "8"]
-        text = forecast.SERIES.read_text(encoding="utf-8").replace("5.0", "6.0")
+        text = forecast.SERIES.read_text(encoding="utf-8").replace("1700,", "1700,1")
         other.write_text(text, encoding="utf-8")
     program.main([*options, "--steps", "2", "--checkpoint", str(path)])
     with pytest.raises(SystemExit, match=r"m\.pt was trained on other data"):
