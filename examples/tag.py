@@ -88,13 +88,15 @@ class Tagger(nn.Module):
         return logits
 
 
-def word_by_word(train: list[Utterance]) -> dict[str, str]:
-    """Each word's most frequent tag."""
+def word_by_word(train: list[Utterance]) -> tuple[dict[str, str], str]:
+    """Each word's most frequent tag, and that of the words that occur once, for unknown ones."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for utterance in train:
         for word, tag in utterance:
             counts[word][tag] += 1
-    return {word: tags.most_common(1)[0][0] for word, tags in counts.items()}
+    once = Counter(tag for tags in counts.values() if tags.total() == 1 for tag in tags)
+    known = {word: tags.most_common(1)[0][0] for word, tags in counts.items()}
+    return known, (once or Counter(known.values())).most_common(1)[0][0]
 
 
 class Batches:
@@ -168,18 +170,18 @@ def main(argv: list[str] | None = None) -> None:
     found = batches.tag(model, [[word for word, _ in u] for u in test])
     frequent = Counter(tag for u in train for _, tag in u)
     most = frequent.most_common(1)[0][0]
-    alone = word_by_word(train)  # a word that it does not know is most often a noun
+    alone, unknown = word_by_word(train)
     right: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
     ours, by_word, always = (
         f"{rnn.__name__}({config['hidden']}), both ways",
         "word by word",
-        (f"always: {NAMES.get(most, most)}"),
+        f"always: {NAMES.get(most, most)}",
     )
     for utterance, tags in zip(test, found, strict=True):
         for (word, tag), guess in zip(utterance, tags, strict=True):
             pairs[tag, guess] += 1
-            for name, said in ((ours, guess), (by_word, alone.get(word, "n")), (always, most)):
+            for name, said in ((ours, guess), (by_word, alone.get(word, unknown)), (always, most)):
                 right[name] += said == tag
     total = sum(pairs.values())
     print(f"\nright of the {total:,} words in test utterances")

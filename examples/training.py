@@ -375,6 +375,7 @@ class Training:
         self.model.eval()
 
     def validate(self, validate: Callable[[], float]) -> None:
+        """Notes the error of the weights as they are, and keeps them if it is the least so far."""
         self.model.eval()
         with torch.no_grad():
             error = validate()

@@ -448,7 +448,8 @@ def test_choice_without_triton(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_choice_with_an_old_triton(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "installed", lambda *_: (3, 2))
+    monkeypatch.setattr(backend, "installed", backend.installed.__wrapped__)  # type: ignore[attr-defined]
+    monkeypatch.setattr("fastrnn.backends.version", lambda name: "3.2.0")
     choice = choose(CELLS["GRU"], F32, CUDA, sizes=SMALL)
     assert choice.backend == "torch"
     assert choice.rejected["triton"] == "expected triton 3.6 or newer, got 3.2"
