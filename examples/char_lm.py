@@ -30,10 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training import (
     CELL,
-    CLIP,
-    LR,
     SAVE_EVERY,
-    SEED,
     Option,
     add_options,
     check_options,
@@ -44,11 +41,11 @@ from training import (
     fail,
     figure,
     interruptible,
+    learning,
     load_checkpoint,
     progress,
     run_program,
     save_checkpoint,
-    steps,
 )
 
 import fastrnn
@@ -62,10 +59,7 @@ OPTIONS = [
     dropout(0.0, "its input and output"),
     Option("batch_size", 32, "contiguous streams of the text that are read side by side"),
     Option("seq_len", 128, "characters per training step and stream"),
-    LR,
-    SEED,
-    steps(500),
-    *CLIP,
+    *learning(500),
 ]
 
 # When do two curves coincide? Two right float32 trainings round differently. At first that stays

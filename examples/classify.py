@@ -27,19 +27,16 @@ from torch import Tensor, nn
 from training import (
     BLUE,
     CELL,
-    CLIP,
     GREY,
-    LR,
     RED,
-    SEED,
     Option,
     Training,
     dropout,
     fail,
     figure,
+    learning,
     run_program,
     start,
-    steps,
 )
 
 import fastrnn
@@ -51,10 +48,7 @@ OPTIONS = [
     Option("embedding", 64, "the size of a symbol's embedding"),
     dropout(0.5, "what the layer reads and on its states"),
     Option("batch_size", 32, "sequences of a training step"),
-    LR,
-    SEED,
-    steps(1200),
-    *CLIP,
+    *learning(1200),
 ]
 JUNCTIONS = [
     top / "R/site-library/mlbench/data/DNA.rda"

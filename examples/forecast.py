@@ -21,18 +21,15 @@ from torch import Tensor, nn
 from training import (
     BLUE,
     CELL,
-    CLIP,
     GREY,
-    LR,
     RED,
-    SEED,
     Option,
     Training,
     fail,
     figure,
+    learning,
     run_program,
     start,
-    steps,
 )
 
 import fastrnn
@@ -43,10 +40,7 @@ OPTIONS = [
     Option("hidden", 32, "its hidden_size"),
     Option("window", 48, "years of a training sequence"),
     Option("batch_size", 32, "sequences of a training step, from anywhere in the training years"),
-    LR,
-    SEED,
-    steps(600),
-    *CLIP,
+    *learning(600),
 ]
 TRAIN, VALIDATION = 0.7, 0.85
 """Where in the series the training years end, and where those end by which weights are chosen."""

@@ -27,18 +27,15 @@ from torch import Tensor, nn
 from training import (
     BLUE,
     CELL,
-    CLIP,
-    LR,
     RED,
-    SEED,
     Option,
     Training,
     dropout,
     fail,
     figure,
+    learning,
     run_program,
     start,
-    steps,
 )
 
 import fastrnn
@@ -49,10 +46,7 @@ OPTIONS = [
     Option("embedding", 64, "the size of a note's embedding"),
     dropout(0.3, "its input and output"),
     Option("batch_size", 32, "tunes of a training step"),
-    LR,
-    SEED,
-    steps(1000),
-    *CLIP,
+    *learning(1000),
 ]
 BOOKS = ["oneills1850", "airdsAirs"]
 LONGEST = 250

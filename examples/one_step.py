@@ -17,17 +17,14 @@ from torch import Tensor, nn
 from training import (
     BLUE,
     CELL,
-    CLIP,
     GREY,
-    LR,
     RED,
-    SEED,
     Option,
     Training,
     figure,
+    learning,
     run_program,
     start,
-    steps,
 )
 
 import fastrnn
@@ -36,10 +33,7 @@ OPTIONS = [
     CELL,
     Option("hidden", 32, "its hidden_size"),
     Option("batch_size", 32, "of a training step"),
-    LR,
-    SEED,
-    steps(600),
-    *CLIP,
+    *learning(600),
 ]
 
 

@@ -19,16 +19,13 @@ from sequences import DATA, PAD, Vocabulary, choose, padded, read_lines, split
 from torch import Tensor, nn
 from training import (
     CELL,
-    CLIP,
-    LR,
-    SEED,
     Option,
     Training,
     dropout,
     figure,
+    learning,
     run_program,
     start,
-    steps,
 )
 
 import fastrnn
@@ -39,10 +36,7 @@ OPTIONS = [
     Option("embedding", 96, "the size of a word's embedding"),
     dropout(0.4, "what the layer reads and on its output"),
     Option("batch_size", 64, "utterances of a training step"),
-    LR._replace(default=1e-2),
-    SEED,
-    steps(1500),
-    *CLIP,
+    *learning(1500, lr=1e-2),
 ]
 # The tags of the corpus that are most frequent.
 NAMES = {

@@ -39,21 +39,23 @@ class Option(NamedTuple):
 
 
 CELL = Option("cell", "lstm", "the recurrent layer", ("rnn", "gru", "lstm"))
-LR = Option("lr", 3e-3, "Adam's learning rate")
-SEED = Option("seed", 0, "of all that is random", from_zero=True)
 NO_LIMIT = "; 0 for no limit"
-CLIP = (
-    Option("clip_norm", 1.0, f"most of all gradients' norm{NO_LIMIT}", from_zero=True),
-    Option("clip_value", 0.0, f"most of a gradient's each element{NO_LIMIT}", from_zero=True),
-)
+
+
+def learning(steps: int, lr: float = 3e-3) -> list[Option]:
+    """The options of every training, with the defaults of one."""
+    most = "training steps in all, those of a resumed checkpoint included"
+    return [
+        Option("lr", lr, "Adam's learning rate"),
+        Option("seed", 0, "of all that is random", from_zero=True),
+        Option("steps", steps, most),
+        Option("clip_norm", 1.0, f"most of all gradients' norm{NO_LIMIT}", from_zero=True),
+        Option("clip_value", 0.0, f"most of a gradient's each element{NO_LIMIT}", from_zero=True),
+    ]
 
 
 def dropout(default: float, where: str) -> Option:
     return Option("dropout", default, f"dropout on {where}", from_zero=True)
-
-
-def steps(default: int) -> Option:
-    return Option("steps", default, "training steps in all, those of a resumed checkpoint included")
 
 
 def _flag(name: str) -> str:
@@ -257,7 +259,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def clip(model: nn.Module, config: dict[str, Any]) -> float:
-    """Limits the gradients as the options of CLIP say, first each element and then their norm.
+    """Limits the gradients as the options say, first each element and then their norm.
 
     Returns:
         The norm of all gradients before that.

@@ -32,17 +32,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training import (
     CELL,
-    CLIP,
-    LR,
-    SEED,
     Option,
     Training,
     dropout,
     fail,
     figure,
+    learning,
     run_program,
     start,
-    steps,
 )
 
 import fastrnn
@@ -54,10 +51,7 @@ OPTIONS = [
     Option("embedding", 128, "the size of a word's embedding"),
     dropout(0.4, "what the layers read, and before the last"),
     Option("batch_size", 64, "pairs of a training step"),
-    LR,
-    SEED,
-    steps(1200),
-    *CLIP,
+    *learning(1200),
 ]
 LONGEST = 12
 """Words of a message; longer ones are left out."""
