@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sequences import DATA, PAD, Vocabulary, choose, padded, read_lines, split
+from sequences import DATA, PAD, Vocabulary, choose, padded, read_lines, sizes, split
 from torch import Tensor, nn
 from training import (
     BLUE,
@@ -218,8 +218,10 @@ def main(argv: list[str] | None = None) -> None:
         found = logits(model, vocabulary, [symbols for symbols, _ in task.validation])
         return nn.functional.cross_entropy(found, wanted).item()
 
-    sizes = " + ".join(f"{len(part):,}" for part in task[1:])
-    print(f"{config['task']}: {sizes} sequences for training, validation and test", flush=True)
+    print(
+        f"{config['task']}: {sizes('sequences', *task[1:])}",
+        flush=True,
+    )
     training.run(loss_of_a_batch, validate, 50, args.checkpoint)
 
     sequences = [symbols for symbols, _ in task.test]

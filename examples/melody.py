@@ -22,7 +22,17 @@ from typing import Any
 
 import torch
 from abc_notation import BAR, LETTERS, REST, Key, Tune, abc, read_tune
-from sequences import PAD, UNKNOWN, Vocabulary, by_frequency, choose, padded, split
+from sequences import (
+    PAD,
+    UNKNOWN,
+    Vocabulary,
+    by_frequency,
+    choose,
+    cross_entropy,
+    padded,
+    sizes,
+    split,
+)
 from torch import Tensor, nn
 from training import (
     BLUE,
@@ -121,9 +131,7 @@ class Tunes:
         vectors, notes = zip(*tunes, strict=True)
         ids, _ = padded(notes)
         logits, _ = model(ids[:-1], model.begin(torch.stack(vectors)))
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[1:].flatten(), ignore_index=PAD
-        )
+        return cross_entropy(logits, ids[1:])
 
     @torch.no_grad()
     def compose(
@@ -223,9 +231,9 @@ def main(argv: list[str] | None = None) -> None:
     model = Composer(rnn, len(tunes.whole), len(tunes.notes), config)
     training = Training("melody", model, config, train, resumed)
     learnt, kept, judged = ([tunes.encode(t) for t in part] for part in (train, validation, test))
-    sizes = " + ".join(f"{len(part):,}" for part in (train, validation, test))
     print(
-        f"{sizes} tunes for training, validation and test, {len(tunes.notes) - 3} notes", flush=True
+        f"{sizes('tunes', train, validation, test)}, {len(tunes.notes) - 3} notes",
+        flush=True,
     )
     training.run(
         lambda: tunes.loss(model, choose(learnt, config["batch_size"])),

@@ -60,6 +60,17 @@ def split(items: Sequence[Item]) -> tuple[list[Item], list[Item], list[Item]]:
     return shuffled[:first], shuffled[first:second], shuffled[second:]
 
 
+def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    """The mean of the symbols wanted, ``[T, B]``, but for what is padded."""
+    flat = logits.flatten(0, 1), wanted.flatten()
+    return nn.functional.cross_entropy(*flat, ignore_index=PAD)
+
+
+def sizes(what: str, *parts: Sequence[object]) -> str:
+    counts = " + ".join(f"{len(part):,}" for part in parts)
+    return f"{counts} {what} for training, validation and test"
+
+
 def by_frequency(learnt: Tensor, judged: Tensor, symbols: int) -> float:
     """What a constant predictor reaches: the mean cross-entropy by the symbols' frequency."""
     share = torch.bincount(learnt, minlength=symbols) + 1.0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sequences import DATA, PAD, Vocabulary, choose, padded, read_lines, split
+from sequences import DATA, PAD, Vocabulary, choose, cross_entropy, padded, read_lines, sizes, split
 from torch import Tensor, nn
 from training import (
     CELL,
@@ -108,8 +108,7 @@ class Batches:
         """The mean cross-entropy of a word. What is padded has the tag PAD, and does not count."""
         words, tags = zip(*encoded, strict=True)
         logits = model(*padded(words))
-        wanted = padded(tags)[0].flatten()
-        return nn.functional.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=PAD)
+        return cross_entropy(logits, padded(tags)[0])
 
     @torch.no_grad()
     def tag(self, model: Tagger, utterances: list[list[str]]) -> list[list[str]]:
@@ -151,9 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     model = Tagger(rnn, len(batches.words), len(batches.tags), config)
     training = Training("tag", model, config, train, resumed)
     learnt, kept = ([batches.encode(u) for u in part] for part in (train, validation))
-    sizes = " + ".join(f"{len(part):,}" for part in (train, validation, test))
     words = f"{len(batches.words):,} words, {len(batches.tags) - 2} tags"
-    print(f"cantonese.txt.gz: {sizes} utterances for training, validation and test, {words}")
+    print(f"cantonese.txt.gz: {sizes('utterances', train, validation, test)}, {words}")
     training.run(
         lambda: batches.loss(model, choose(learnt, config["batch_size"])),
         lambda: batches.loss(model, kept).item(),

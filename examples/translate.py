@@ -24,12 +24,13 @@ from sequences import (
     Vocabulary,
     by_frequency,
     choose,
+    cross_entropy,
     padded,
     read_lines,
+    sizes,
     split,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 from training import (
     CELL,
     Option,
@@ -220,13 +221,12 @@ def main(argv: list[str] | None = None) -> None:
         sources, targets = zip(*pairs, strict=True)
         ids = padded(targets)[0]
         logits = model(*padded(sources), ids[:-1])
-        return F.cross_entropy(logits.flatten(0, 1), ids[1:].flatten(), ignore_index=PAD)
+        return cross_entropy(logits, ids[1:])
 
     learnt, kept = encode(train), encode(validation)
-    sizes = " + ".join(f"{len(part):,}" for part in (train, validation, test))
     vocabularies = f"{len(source):,} and {len(target):,} words"
     print(
-        f"{args.pairs.name}: {sizes} pairs for training, validation and test, {vocabularies}",
+        f"{args.pairs.name}: {sizes('pairs', train, validation, test)}, {vocabularies}",
         flush=True,
     )
     training.run(
