@@ -35,7 +35,7 @@ gallery: $(VENV)/.examples ## run the examples, and draw the plots of docs/examp
 	$(bin)/python examples/translate.py --plot docs/examples/translate.png
 	$(bin)/python examples/char_lm.py --plot docs/examples/char_lm.png
 	$(bin)/python examples/forecast.py --cell gru --plot docs/examples/forecast.png
-	$(bin)/python examples/gradients.py --plot docs/examples/gradients.png
+	$(bin)/python examples/gradients.py --plot docs/examples/gradients.png --flow docs/examples/flow.png
 	$(MAKE) junctions
 	$(bin)/python examples/classify.py --task dna --cell gru --hidden 32 --embedding 8 --dropout 0.2 --steps 2000 \
 		--plot docs/examples/dna.png

@@ -140,7 +140,7 @@ def spell(pitch: int, signs: dict[str, int]) -> tuple[str, str, int]:
 
 def abc(tune: Tune, title: str) -> str:
     """The tune in ABC notation."""
-    signs, bars, alone = tune.key.letters(), [""], dict[str, int]()
+    signs, bars, alone = tune.key.letters(), [""], set[str]()
     for note in tune.notes:
         if note == BAR:
             bars.append("")
@@ -149,9 +149,12 @@ def abc(tune: Tune, title: str) -> str:
         pitch, _, length = note.partition(":")
         name = pitch
         if pitch != REST:
-            accidental, letter, value = spell(int(pitch), signs | alone)
-            if accidental:
-                alone[letter] = value
+            accidental, letter, value = spell(int(pitch), signs)
+            if accidental or letter in alone:
+                # At every note that an accidental changed, or the one before it: readers differ in
+                # how far one holds, whether to the bar's end and in all octaves.
+                accidental = accidental or "_=^"[value - LETTERS[letter] + 1]
+                alone.add(letter)
             octave = (int(pitch) - 60 - value) // 12
             high = letter.lower() + "'" * (octave - 1)
             name = accidental + (high if octave > 0 else letter + "," * -octave)

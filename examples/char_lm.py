@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 from processes import Processes
-from sequences import DATA, by_frequency, read_text
+from sequences import DATA, by_frequency, numbered, read_text
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import (
+    BLUE,
     CELL,
+    SAND,
     SAVE_EVERY,
     Option,
     add_options,
@@ -45,7 +47,9 @@ from training import (
     load_checkpoint,
     progress,
     run_program,
+    running_mean,
     save_checkpoint,
+    stopped,
 )
 
 import fastrnn
@@ -281,16 +285,13 @@ def print_table(runs: list[Run], nats: list[float], constant: float) -> None:
 
 
 def plot(path: Path, runs: list[Run], step_seconds: list[float], title: str) -> None:
-    styles = [("#f4a261", 6.0, "-"), ("#1d3557", 1.5, "--")]
+    styles = [(SAND, 6.0, "-"), (BLUE, 1.5, "--")]
     with figure(path, title, 1, 2, figsize=(11, 4.5), sharey=True) as (left, right):
         for run, seconds, (color, lw, ls) in zip(runs, step_seconds, styles, strict=False):
-            # A running mean, because single batches scatter by more than the curve falls.
-            window = max(1, run.step // 100)
-            loss = torch.tensor(run.losses).unfold(0, window, 1).mean(1)
-            step = torch.arange(window, run.step + 1)
+            step, loss = running_mean(run.losses, 100)
             label = f"{run.name}, {1e3 * seconds:.1f} ms a step"
             left.plot(step, loss, label=run.name, color=color, lw=lw, ls=ls)
-            right.plot(step * seconds, loss, label=label, color=color, lw=lw, ls=ls)
+            right.plot(torch.tensor(step) * seconds, loss, label=label, color=color, lw=lw, ls=ls)
         left.set(xlabel="training step", ylabel="training loss, nats per character")
         right.set(xlabel="seconds, at the median time of a step")
         for panel in (left, right):
@@ -333,14 +334,13 @@ def run_on(args: argparse.Namespace, processes: Processes) -> None:
     if config["batch_size"] % processes.size:
         fail(f"--batch-size {config['batch_size']} cannot be shared by {processes.size} processes")
     text = long_enough(args.text, config)
-    vocab, data_digest = "".join(sorted(set(text))), digest(text)
+    vocab, ids = numbered(text)
+    data_digest = digest(text)
     if resumed and data_digest != resumed["data"]:
         fail(f"{args.resume} was trained on another text than {args.text}")
     prompt = args.prompt or ("\n" if "\n" in vocab else text[0])
     if not set(prompt) <= set(vocab):
         fail(f"--prompt {prompt!r} has characters that do not occur in {args.text}")
-    index = {character: i for i, character in enumerate(vocab)}
-    ids = torch.tensor([index[character] for character in text])
     split = len(ids) * 9 // 10
     data, validation = streams(ids[:split], config["batch_size"]), ids[split:]
     layers = f"{config['layers']} x " if config["layers"] > 1 else ""
@@ -368,9 +368,7 @@ def run_on(args: argparse.Namespace, processes: Processes) -> None:
                     save_checkpoint(args.checkpoint, {**content, "runs": states})
 
         if not train(run, data, config["steps"], save):
-            where = f"go on with --resume {args.checkpoint}" if args.checkpoint else "nothing saved"
-            print(f"interrupted after step {run.step} of {run.name}; {where}", flush=True)
-            raise SystemExit(130)
+            stopped(f"{run.step} of {run.name}", args.checkpoint)
     print()
     constant = by_frequency(ids[:split], validation, len(vocab))
     print_table(runs, [run.evaluate(validation) for run in runs], constant)
@@ -391,7 +389,7 @@ def run_on(args: argparse.Namespace, processes: Processes) -> None:
     if args.plot and processes.rank == 0:
         plot(args.plot, runs, step_seconds, title)
     if args.write:
-        ids = torch.tensor([index[character] for character in prompt])
+        ids = torch.tensor([vocab.index(character) for character in prompt])
         written = runs[-1].write(ids, args.write, args.temperature)
         print(f"\n{runs[-1].name} writes:\n{prompt}{''.join(vocab[i] for i in written)}")
     if not coincide:

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 from char_lm import BOOK, CharLM, streams
-from sequences import by_frequency
+from sequences import by_frequency, numbered, read_text
 from torch import Tensor, nn
-from training import check_files, clip, figure, progress, run_program
+from training import BLUE, GREEN, GREY, RED, check_files, clip, figure, progress, run_program
 
 import fastrnn
-from fastrnn.diagnostics import gradient_flow
+from fastrnn.diagnostics import GradientFlow, gradient_flow
 
 HIDDEN, EMBEDDING, BATCH = 64, 32, 16
-COLORS = ["#1d3557", "#e76f51", "#2a9d8f", "#8d99ae"]
+COLORS = [BLUE, RED, GREEN, GREY]
 CLIPPING = {
     "not clipped": {"clip_norm": 0.0, "clip_value": 0.0},
     "norm clipped at 1": {"clip_norm": 1.0, "clip_value": 0.0},
@@ -37,15 +37,18 @@ Curves = dict[str, Tensor]
 
 def characters() -> tuple[Tensor, int]:
     """The book as numbers, in BATCH contiguous streams, [N, BATCH], and how many there are."""
-    text = BOOK.read_text(encoding="utf-8")
-    index = {character: i for i, character in enumerate(sorted(set(text)))}
-    return streams(torch.tensor([index[character] for character in text]), BATCH), len(index)
+    found, ids = numbered(read_text(BOOK))
+    return streams(ids, BATCH), len(found)
 
 
-def reaches(layer: fastrnn.RNNBase, x: Tensor, state: str = "h") -> Tensor:
-    """Of the gradient of the last h or c the part that reaches that of each step."""
+def measured(layer: fastrnn.RNNBase, x: Tensor, state: str = "h") -> GradientFlow:
+    """How the gradient of the last h or c flows back."""
     last = 0 if state == "h" else 1
-    flow = gradient_flow(layer.double(), x, loss=lambda _, final: final[last].sum())
+    return gradient_flow(layer.double(), x, loss=lambda _, final: final[last].sum())
+
+
+def reaches(flow: GradientFlow, state: str = "h") -> Tensor:
+    """Of the gradient of the last h or c the part that reaches that of each step."""
     norm = flow.gradient[state][0, 0]
     return norm / norm[-1]
 
@@ -54,31 +57,33 @@ def relu(scale: float) -> fastrnn.RNN:
     return fastrnn.init.identity_(fastrnn.RNN(EMBEDDING, HIDDEN, nonlinearity="relu"), scale)
 
 
-def flows(x: Tensor) -> dict[str, Curves]:
-    """What reaches each step, by picture and layer."""
+def lstm(change: Callable[[fastrnn.LSTM], Any] = lambda _: None) -> fastrnn.LSTM:
+    torch.manual_seed(0)  # all begin with the same weights
+    change(layer := fastrnn.LSTM(EMBEDDING, HIDDEN))
+    return layer
 
-    def lstm(change: Callable[[fastrnn.LSTM], Any] = lambda _: None) -> fastrnn.LSTM:
-        torch.manual_seed(0)  # all begin with the same weights
-        change(layer := fastrnn.LSTM(EMBEDDING, HIDDEN))
-        return layer
 
+def pictures(x: Tensor) -> dict[str, Curves]:
+    """What reaches each step, by picture and layer, and at last the forget gates."""
     init = fastrnn.init
+    lstms = {
+        "as torch.nn does": measured(lstm(), x, "c"),
+        "with forget_bias_(layer, 1)": measured(lstm(init.forget_bias_), x, "c"),
+        "with forget_bias_(layer, 4)": measured(lstm(lambda m: init.forget_bias_(m, 4)), x, "c"),
+        "with chrono_": measured(lstm(lambda m: init.chrono_(m, len(x))), x, "c"),
+    }
     return {
         "a relu RNN whose W_hh is a multiple of the identity": {
-            f"W_hh = {scale} I": reaches(relu(scale), x) for scale in (0.9, 1.0, 1.1)
+            f"W_hh = {scale} I": reaches(measured(relu(scale), x)) for scale in (0.9, 1.0, 1.1)
         },
         "layers as torch.nn initialises them": {
-            "RNN": reaches(fastrnn.RNN(EMBEDDING, HIDDEN), x),
-            "GRU": reaches(fastrnn.GRU(EMBEDDING, HIDDEN), x),
-            "LSTM, h": reaches(lstm(), x),
-            "LSTM, c": reaches(lstm(), x, "c"),
+            "RNN": reaches(measured(fastrnn.RNN(EMBEDDING, HIDDEN), x)),
+            "GRU": reaches(measured(fastrnn.GRU(EMBEDDING, HIDDEN), x)),
+            "LSTM, h": reaches(measured(lstm(), x)),
+            "LSTM, c": reaches(lstms["as torch.nn does"], "c"),
         },
-        "the c of an LSTM, initialised": {
-            "as torch.nn does": reaches(lstm(), x, "c"),
-            "with forget_bias_(layer, 1)": reaches(lstm(init.forget_bias_), x, "c"),
-            "with forget_bias_(layer, 4)": reaches(lstm(lambda m: init.forget_bias_(m, 4)), x, "c"),
-            "with chrono_": reaches(lstm(lambda m: init.chrono_(m, len(x))), x, "c"),
-        },
+        "the c of an LSTM, initialised": {n: reaches(flow, "c") for n, flow in lstms.items()},
+        "the forget gates of these LSTMs": {n: f.saturation["f"][0, 0] for n, f in lstms.items()},
     }
 
 
@@ -118,25 +123,33 @@ def finite(values: Tensor) -> Tensor:
     return values[values.isfinite()]
 
 
-def plot(path: Path, pictures: dict[str, Curves], losses: Curves, length: int) -> None:
+def plot(path: Path, found: dict[str, Curves], trained: dict[str, Curves], constant: float) -> None:
+    length = len(next(iter(next(iter(found.values())).values())))
     title = (
         f"What of the last step's gradient reaches each of {length} steps, and what clipping does"
     )
-    with figure(path, title, 2, 2, figsize=(12, 8)) as panels:
-        *reached, last = panels.flatten()
-        for panel, (name, curves) in zip(reached, pictures.items(), strict=True):
+    with figure(path, title, 2, 3, figsize=(16, 8)) as panels:
+        *shown, losses, norms = panels.flatten()
+        for panel, (name, curves) in zip(shown, found.items(), strict=True):
             for (label, values), color in zip(curves.items(), COLORS, strict=False):
                 panel.plot(range(1, len(values) + 1), values, color=color, label=label)
-            low = min(values.min().item() for values in curves.values())
-            panel.set(title=name, xlabel="time step", yscale="log", ylim=(max(low, 1e-20), None))
-            panel.set_ylabel("gradient, over the last step's")
-        for (label, values), color in zip(losses.items(), COLORS, strict=False):
-            shown, mark = finite(values), None
-            if len(shown) < len(values):
-                mark, label = "x", f"{label}, no number after step {len(shown)}"
-            last.plot(range(1, len(shown) + 1), shown, color=color, label=label, marker=mark)
-        last.set(title="a relu RNN from W_hh = I, trained by SGD", xlabel="training step")
-        last.set(ylabel="loss, nats per character", yscale="log")
+            panel.set(title=name, xlabel="time step")
+            if panel is shown[-1]:
+                panel.set(ylabel="share of units below 0.1 or above 0.9", ylim=(-0.05, 1.1))
+            else:
+                low = min(values.min().item() for values in curves.values())
+                panel.set(ylabel="gradient, over the last step's", yscale="log")
+                panel.set(ylim=(max(low, 1e-20), None))
+        for panel, curves in (losses, trained["loss"]), (norms, trained["norm"]):
+            for (label, values), color in zip(curves.items(), COLORS, strict=False):
+                some, mark = finite(values), None
+                if len(some) < len(values):
+                    mark, label = "x", f"{label}, no number after step {len(some)}"
+                panel.plot(range(1, len(some) + 1), some, color=color, label=label, marker=mark)
+            panel.set(xlabel="training step", title="a relu RNN from W_hh = I, trained by SGD")
+        losses.axhline(constant, color=GREY, ls="--", label="by the characters' frequency")
+        losses.set(ylabel="loss, nats per character", ylim=(2, 6))
+        norms.set(ylabel="norm of the gradient, before it is clipped", yscale="log")
         for panel in panels.flatten():
             panel.grid(alpha=0.3)
 
@@ -146,30 +159,43 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=200, help="time steps (default 200)")
     parser.add_argument("--steps", type=int, default=600, help="training steps (default 600)")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the result here")
+    what = "draw here what GradientFlow.plot draws, of two layers of an LSTM, both ways"
+    parser.add_argument("--flow", type=Path, metavar="PATH", help=what)
     args = parser.parse_args(argv)
-    check_files(parser, args.plot)
+    for path in args.plot, args.flow:
+        check_files(parser, path)
     data, symbols = characters()
     if not 2 <= args.length < len(data) // 2 or args.steps < 1:
         parser.error(f"expected --length from 2 to {len(data) // 2 - 1} and --steps 1 or more")
     torch.manual_seed(0)
     x = nn.functional.embedding(data[: args.length], torch.randn(symbols, EMBEDDING).double())
-    pictures = flows(x)
-    losses = clipped(data, symbols, args.length, args.steps)
+    found = pictures(x)
+    *reached, (gates, shares) = found.items()
     print(f"\nof the last step's gradient reaches the first of {args.length} steps:")
-    for name, curves in pictures.items():
+    for name, curves in reached:
         print(f"  {name}")
         for label, values in curves.items():
             print(f"    {label:28}{values[0].item():9.1e}")
+    print(f"\n{gates}, units below 0.1 or above 0.9, of all steps:")
+    for label, values in shares.items():
+        print(f"    {label:28}{values.mean().item():9.1%}")
+    print(flush=True)
+    trained = clipped(data, symbols, args.length, args.steps)
     learnt = data[: args.steps * args.length].flatten()
     constant = by_frequency(learnt, learnt, symbols)
     print(f"\na relu RNN from W_hh = I, {args.steps} steps of SGD on {args.length} characters:")
-    print(f"  {'':22}{'largest gradient':>18}{'last loss, nats':>18}")
-    for label, values in losses["loss"].items():
-        largest = finite(losses["norm"][label]).max().item()
-        print(f"  {label:22}{largest:18.1e}{values[-1].item():18.2f}")
-    print(f"  by the characters' frequency{constant:30.2f}")
+    print(f"  {'':22}{'largest gradient':>18}{'last losses, nats':>19}")
+    for label, values in trained["loss"].items():
+        largest = finite(trained["norm"][label]).max().item()
+        print(f"  {label:22}{largest:18.1e}{values[-20:].mean().item():19.2f}")
+    print(f"  by the characters' frequency{constant:31.2f}")
     if args.plot:
-        plot(args.plot, pictures, losses["loss"], args.length)
+        plot(args.plot, found, trained, constant)
+    if args.flow:
+        layers = fastrnn.LSTM(EMBEDDING, HIDDEN, 2, bidirectional=True)
+        flow = gradient_flow(fastrnn.init.forget_bias_(layers, 2).double(), x)
+        flow.plot().savefig(args.flow, dpi=150)
+        print(f"Drawn in {args.flow}.")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 It learns from Irish and Scottish tunes in ABC notation: O'Neill's "Music of Ireland" and James
 Aird's "Selection of Airs", as the package music21 has them. What it writes is printed in ABC again,
-which any ABC player plays.
+for an ABC player to play.
 """
 
 from __future__ import annotations
@@ -215,14 +215,14 @@ def main(argv: list[str] | None = None) -> None:
         add("--temperature", type=float, default=0.7, help="of the writing (default 0.7)")
 
     args, config, resumed = start("melody", __doc__, OPTIONS, argv, arguments)
-    train, validation, test = split(collection())
-    tunes = Tunes(train)
     try:
         given = read_tune(f"M:{args.metre}\nL:1/8\nK:{args.key}\n{args.note}")
     except ValueError as error:
         fail(str(error))
     if len(given.notes) != 1:
         fail(f"--note: expected one note, got {args.note!r}")
+    train, validation, test = split(collection())
+    tunes = Tunes(train)
     key, known = given.key, {*tunes.whole, *tunes.notes.symbols}
     for what, got in ((str(key), args.key), (given.metre, args.metre), (given.notes[0], args.note)):
         if what not in known:

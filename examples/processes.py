@@ -11,16 +11,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
 from training import fail
 
-# As one process would have it, whatever the model and its optimizer are cut into.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+def _checkpoints() -> tuple[Any, Any]:
+    """torch's functions on the state of a model that may be cut into parts, and how to call them.
+
+    The state is that of one process, whatever model and optimizer are cut into. Imported late: it
+    takes its time, and a torch without torch.distributed has none.
+    """
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Processes:
@@ -42,6 +44,9 @@ class Processes:
             fail("--device cuda: torch sees no GPU")
         if sharded and not self.started:
             fail("--fsdp: start it with torchrun, as many processes as there are to be parts")
+        version = tuple(map(int, torch.__version__.split(".")[:2]))
+        if sharded and device == "cpu" and version < (2, 7):
+            fail(f"--fsdp on a CPU: expected torch 2.7 or newer, got {torch.__version__}")
         self.device = torch.device(
             device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None
         )
@@ -114,6 +119,7 @@ class Processes:
         if not self.started:
             return model
         if self.sharded:
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
             # Without it FSDP would take the machine's GPUs whatever the device.
@@ -127,16 +133,13 @@ class Processes:
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Of both, with the names of the model that is not parallel; whole in the first process."""
-        weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+        checkpoints, whole = _checkpoints()
+        weights, moments = checkpoints.get_state_dict(model, optimizer, options=whole)
         return {"model": weights, "optimizer": moments}
 
     def load(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=WHOLE,
-        )
+        checkpoints, whole = _checkpoints()
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        checkpoints.set_state_dict(model, optimizer, **parts, options=whole)

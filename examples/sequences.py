@@ -54,7 +54,11 @@ def choose(items: Sequence[Item], how_many: int) -> list[Item]:
 
 
 def split(items: Sequence[Item]) -> tuple[list[Item], list[Item], list[Item]]:
-    """For training, validation and test: eight, one and one tenth, the same at every run."""
+    """For training, validation and test: eight, one and one tenth, the same at every run.
+
+    What is there twice is taken once, or the test would ask for what was learnt by heart.
+    """
+    items = list({repr(item): item for item in items}.values())
     shuffled = random.Random(0).sample(items, len(items))
     first, second = len(items) * 8 // 10, len(items) * 9 // 10
     return shuffled[:first], shuffled[first:second], shuffled[second:]
@@ -76,6 +80,13 @@ def by_frequency(learnt: Tensor, judged: Tensor, symbols: int) -> float:
     share = torch.bincount(learnt, minlength=symbols) + 1.0
     logits = share.log().expand(len(judged), -1)
     return nn.functional.cross_entropy(logits, judged).item()
+
+
+def numbered(text: str) -> tuple[str, Tensor]:
+    """The characters that occur, in order, and the text as their numbers."""
+    characters = "".join(sorted(set(text)))
+    index = {character: i for i, character in enumerate(characters)}
+    return characters, torch.tensor([index[character] for character in text])
 
 
 def read_text(path: Path) -> str:

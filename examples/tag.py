@@ -59,9 +59,9 @@ Utterance = list[tuple[str, str]]
 
 
 def corpus() -> list[Utterance]:
-    """Utterances of words and their tags, each once: a short one is said again and again."""
+    """Utterances of words and their tags."""
     found = []
-    for line in dict.fromkeys(read_lines(DATA / "cantonese.txt.gz")):
+    for line in read_lines(DATA / "cantonese.txt.gz"):
         words = (word.rpartition("/") for word in line.split())
         found.append([(word, tag) for word, _, tag in words])
     return found

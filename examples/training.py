@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 SAVE_EVERY = 200
-BLUE, RED, GREY = "#1d3557", "#e76f51", "#8d99ae"
+BLUE, RED, GREEN, GREY, SAND = "#1d3557", "#e76f51", "#2a9d8f", "#8d99ae", "#f4a261"
 
 
 class Option(NamedTuple):
@@ -258,6 +258,19 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def stopped(where: str, checkpoint: Path | None) -> NoReturn:
+    """After the step at which Ctrl-C ended a training, and a save."""
+    how = f"go on with --resume {checkpoint}" if checkpoint else "nothing saved"
+    print(f"interrupted after step {where}; {how}", flush=True)
+    raise SystemExit(130)
+
+
+def running_mean(losses: list[float], parts: int) -> tuple[range, Tensor]:
+    """Over a part of the training, since single batches scatter: the steps, and their means."""
+    window = max(1, len(losses) // parts)
+    return range(window, len(losses) + 1), torch.tensor(losses).unfold(0, window, 1).mean(1)
+
+
 def clip(model: nn.Module, config: dict[str, Any]) -> float:
     """Limits the gradients as the options say, first each element and then their norm.
 
@@ -367,9 +380,7 @@ class Training:
                     save()
             save()
         if len(self.losses) < steps:
-            where = f"go on with --resume {checkpoint}" if checkpoint else "nothing saved"
-            print(f"interrupted after step {len(self.losses)}; {where}", flush=True)
-            raise SystemExit(130)
+            stopped(f"{len(self.losses)}", checkpoint)
         # Not in the checkpoint: with more steps there would be no validation here.
         if [step for step, _ in self.validation[-1:]] != [len(self.losses)]:
             self.validate(validate)
@@ -387,10 +398,8 @@ class Training:
         self.validation.append((len(self.losses), error))
 
     def draw(self, panel: Any, what: str = "loss") -> None:
-        """The losses, a running mean since single batches scatter, and what validation said."""
-        window = max(1, len(self.losses) // 50)
-        mean = torch.tensor(self.losses).unfold(0, window, 1).mean(1)
-        panel.plot(range(window, len(self.losses) + 1), mean, color=BLUE, label="training")
+        """The losses, and what validation said."""
+        panel.plot(*running_mean(self.losses, 50), color=BLUE, label="training")
         panel.plot(*zip(*self.validation, strict=True), color=RED, marker=".", label="validation")
         panel.set(xlabel="training step", ylabel=what)
         panel.grid(alpha=0.3)

@@ -42,23 +42,31 @@ class GradientFlow:
     def plot(self) -> Any:
         """A matplotlib figure: gradients on a logarithmic scale, and saturation below."""
         from matplotlib import pyplot as plt
+        from matplotlib.lines import Line2D
 
-        figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 6))
+        figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+        L, D, T = next(iter(self.gradient.values())).shape
+        looks: dict[str, dict[str, Any]] = {
+            f"layer {k}" + ", backward" * d: {"ls": ("-", "--")[d], "alpha": (k + 1) / L}
+            for k in range(L)
+            for d in range(D)
+        }
+        handles = [Line2D([], [], color="black", label=n, **look) for n, look in looks.items()]
         for ax, values in zip(axes, (self.gradient, self.saturation), strict=True):
-            for name, found in values.items():
-                L, D, _ = found.shape
-                for k, row in enumerate(found.flatten(0, 1).cpu()):
-                    where = f", layer {k // D}" if L > 1 else ""
-                    where += ", backward" if k % D else ""
-                    ax.plot(range(len(row)), row, label=f"{name}{where}")
-            ax.legend(fontsize=8)
+            colors = {name: f"C{k}" for k, name in enumerate(values)}
+            for name, color in colors.items():
+                rows = values[name].flatten(0, 1).cpu()
+                for row, look in zip(rows, looks.values(), strict=True):
+                    ax.plot(range(T), row, color=color, **look)
+            names = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
+            more = handles if len(handles) > 1 and ax is axes[0] else []
+            ax.legend(handles=names + more, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
             ax.grid(alpha=0.3)
-        axes[0].set_yscale("log")
+        axes[0].set_yscale("log", nonpositive="mask")
         axes[0].set_ylabel("norm of the gradient")
         axes[1].set_ylabel("share saturated")
         axes[1].set_ylim(-0.02, 1.02)
         axes[1].set_xlabel("time step")
-        figure.tight_layout()
         return figure
 
 
@@ -79,7 +87,8 @@ def gradient_flow(
 
     Args:
         module: an :class:`~fastrnn.RNN`, :class:`~fastrnn.LSTM` or :class:`~fastrnn.GRU`.
-        input, hx: as ``module`` takes them, without packing.
+        input, hx: as ``module`` takes them, without packing. Where the module would run on torch's
+            own layers, the reference is measured.
         loss: of the output and the final states, both as ``module`` gives them but the states
             always as a tuple. By default the sum of the last layer's h_n: each direction's gradient
             then begins at the last step that it takes.
