@@ -79,7 +79,7 @@ def read_note(part: re.Match[str], signs: dict[str, int], alone: dict[str, int])
 
 def read_tune(text: str) -> Tune:
     """One tune in ABC. Raises ValueError where it has what is not read: chords, changing keys."""
-    fields = dict(re.findall(r"^([MLK]):(.*)$", text, re.M))
+    fields = dict(re.findall(r"^([MLK]):([^%\n]*)", text, re.M))
     if (
         "K" not in fields
         or len(re.findall(r"^K:", text, re.M)) > 1

@@ -689,7 +689,7 @@ def test_distance(a, b, expected):
 
 TUNE = """X:1
 T:All that is read
-M:6/8
+M:6/8 % with a remark
 L:1/8
 K:D
 |:d2e f>g ^c|{g}c=c c (3ABc|F3- "Am"F2 z:|
@@ -807,7 +807,7 @@ def test_gradients_vanish_explode_and_are_carried(tmp_path, capsys):
     assert value["as torch.nn does"] < 1e-6 < 1e-2 < value["with forget_bias_(layer, 4)"]
     assert value["with chrono_"] > 1e-2
     open_gates = dict(re.findall(r"^    (\S.*?) +(\S+)%$", out, re.M))
-    assert float(open_gates["as torch.nn does"]) < 1 < 90 < float(open_gates["with chrono_"])
+    assert float(open_gates["as torch.nn does"]) < 1 < 70 < float(open_gates["with chrono_"])
     table = re.findall(
         r"^  (\w+ clipped(?: at \S+)?|by the .*frequency) +(?:\S+ +)?(\S+)$", out, re.M
     )
@@ -865,7 +865,8 @@ def test_a_checkpoint_of_other_data(longer, few, tmp_path):
     path, other = tmp_path / "m.pt", tmp_path / "other"
     if longer:
         program, options = classify, ["--hidden", "8", "--embedding", "8"]
-        other.write_text("1.0\tgood film\n-1.0\tbad film\n" * 30, encoding="utf-8")
+        lines = [f"1.0\tgood film {k}\n-1.0\tbad film {k}\n" for k in range(30)]
+        other.write_text("".join(lines), encoding="utf-8")
     else:
         program, options = forecast, ["--hidden", "8"]
         text = forecast.SERIES.read_text(encoding="utf-8").replace("1700,", "1700,1")
