@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # What the wheel is tested beside, too; several GB on Linux, where PyPI has builds for CUDA only.
 NEWEST_TORCH ?= torch==2.14.1
+# Python, torch and Numba that `make matrix` tries: the oldest that are supported, and every Python.
+MATRIX ?= 3.10-2.6.0-0.61.2 3.10-2.13.0 3.11-2.13.0 3.12-2.13.0 3.13-2.13.0
 # With which the plan table was chosen; other versions from 3.6 on compile other code.
 TRITON ?= triton==3.7.1
 
@@ -18,8 +20,8 @@ junctions := build/usr/lib/R/site-library/mlbench/data/DNA.rda
 selftest := build/selftest-$(notdir $(lastword $(CXX)))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo gallery junctions test heavy test-isa test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
-	wheel aarch64 clean
+.PHONY: help demo gallery junctions test heavy test-isa test-numba test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
+	wheel matrix aarch64 clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +57,9 @@ heavy: $(VENV)/.dev ## run the heavy tests
 test-isa: $(VENV)/.dev ## run the engine's tests with only part of the processor's instruction set
 	ATEN_CPU_CAPABILITY=avx2 $(pytest) -n 2 -m "isa and not heavy" tests
 	ATEN_CPU_CAPABILITY=default $(pytest) -n 2 -m "isa and not heavy" tests
+
+test-numba: $(VENV)/.dev ## run the tests of the modules with the Numba backend
+	FASTRNN_BACKEND=numba $(pytest) -n 2 -m "contract and not heavy" tests
 
 test-gpu: $(VENV)/.dev ## run the tests of the Triton kernels on this machine's GPU
 	FASTRNN_TEST_GPU=1 $(pytest) tests/test_gpu.py
@@ -131,6 +136,27 @@ wheel: $(VENV)/.dev ## build the sdist and the wheels, and test those in a clean
 wheel := build/wheel/bin/python
 test-wheel = cd build/wheel && bin/python -m fastrnn info && \
 	bin/pytest -q -n 2 -m "(isa or installed) and not heavy" $(CURDIR)/tests
+
+# What pip makes of the sdist, with the compiler, wherever that Python is on the path. On Linux PyPI's
+# torch is that for CUDA, several GB each time.
+matrix: $(MATRIX:%=build/matrix/%.txt) ## install the sdist beside each Python and torch of MATRIX, and run the wheels' tests there
+	@cat $^
+
+part = $(word $(1),$(subst -, ,$*))
+build/matrix/%.txt: build/matrix/sdist
+	rm -rf build/matrix/$* && python$(call part,1) -m venv build/matrix/$*
+	cd build/matrix/$* && bin/python -m pip install -qq --upgrade pip && bin/python -m pip install -qq torch==$(call part,2)
+	cd build/matrix/$* && FASTRNN_REQUIRE_CPP=1 bin/python -m pip install -qq --no-cache-dir --no-binary fastrnn \
+		"$$(echo ../sdist/*)[test]" $(addprefix numba==,$(call part,3))
+	cd build/matrix/$* && bin/python -m fastrnn info
+	cd build/matrix/$* && bin/pytest -q -n 2 -m "(isa or installed) and not heavy" $(CURDIR)/tests >pytest.log || \
+		(cat pytest.log && false)
+	cd build/matrix/$* && bin/python -c "import sys, torch, numba; print(f'Python {sys.version.split()[0]}, \
+	torch {torch.__version__}, numba {numba.__version__}: {list(open(\"pytest.log\"))[-1]}', end='')" >../$*.log
+	rm -rf build/matrix/$* && mv build/matrix/$*.log $@
+
+build/matrix/sdist: setup.py pyproject.toml $(csrc) $(wildcard src/fastrnn/*.py src/fastrnn/*/*.py kernels/*/*.py) | $(VENV)/.dev
+	rm -rf $@ && $(bin)/python -m build --quiet --sdist --outdir $@
 
 # Debian's g++-aarch64-linux-gnu and qemu-user.
 aarch64: build/selftest-aarch64 ## build the engine for another architecture, and test it in an emulator

@@ -57,6 +57,14 @@ def seeds() -> None:
 
 
 @pytest.fixture
+def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The automatic choice of a backend, whatever FASTRNN_BACKEND says."""
+    from fastrnn import dispatch
+
+    monkeypatch.setattr(dispatch, "_environment", None)
+
+
+@pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
     """``torch.set_num_threads`` for the length of a test."""
     before = torch.get_num_threads()

@@ -11,6 +11,7 @@ import faulthandler
 import os
 import random
 import resource
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -146,7 +147,17 @@ def main() -> None:
     calls = record()
     # One of each kind in full, and of the others what chance picks.
     seen: set[tuple[str, int]] = set()
-    taken = refused = 0
+    counts = {name: Counter[str]() for name in (*ENTRIES, "Scratch", "make_large", "poison")}
+
+    def tried(name: str, *args: Any) -> None:
+        try:
+            result = getattr(cpp._cpp, name)(*args)
+            if name == "Scratch":
+                memoryview(result)
+            counts[name]["taken"] += 1
+        except Exception:
+            counts[name]["refused"] += 1
+
     for name, args in calls:
         kind = (name, args[1])
         full = kind not in seen
@@ -158,22 +169,36 @@ def main() -> None:
                 guards: list[Tensor] = []
                 wrong = tuple(guarded(v, guards) for v in (*args[:k], other, *args[k + 1 :]))
                 threads = torch.get_num_threads()
-                try:
-                    getattr(cpp._cpp, name)(*wrong)
-                    taken += 1
-                except Exception:
-                    refused += 1
+                tried(name, *wrong)
                 torch.set_num_threads(threads)
                 for g in guards:
                     assert g[:GUARD].eq(77).all(), (name, k, other)
                     assert g[-GUARD:].eq(77).all(), (name, k, other)
     for size in (*NUMBERS, None, "x", 1.5):
-        try:
-            memoryview(cpp._cpp.Scratch(size))
-            taken += 1
-        except Exception:
-            refused += 1
-    print(f"{taken} taken, {refused} refused")
+        tried("Scratch", size)
+    for thing in THINGS[:-1]:
+        tried("poison", thing)
+        tried("make_large", 0, thing)
+        tried("make_large", thing, cpp._large)
+    # Who makes results makes them as it likes: each call must refuse what does not fit.
+    whole = next(args for name, args in calls if name == "forward")
+    for make in (
+        lambda like, *shape: None,
+        lambda like, *shape: like.new_empty(shape)[..., :0],
+        lambda like, *shape: like.new_empty(*shape[:-1], 2 * shape[-1])[..., ::2],
+        lambda like, *shape: like.new_empty(shape, dtype=torch.int64),
+        lambda like, *shape: torch.empty(shape, dtype=like.dtype, device="meta"),
+        lambda like: like,
+    ):
+        cpp._cpp.make_large(0, make)
+        before = counts["forward"]["taken"]
+        tried("forward", *whole)
+        assert counts["forward"]["taken"] == before, "results that do not fit were taken"
+    cpp._cpp.make_large(cpp.LARGE, cpp._large)
+    cpp._cpp.release()
+    for name, count in counts.items():
+        print(f"{name}: {count['taken']} taken, {count['refused']} refused")
+        assert count["refused"] >= (1000 if name in ENTRIES else 5), name
 
 
 if __name__ == "__main__":

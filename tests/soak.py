@@ -1,7 +1,8 @@
 """Layers of all kinds and sizes for minutes: `make soak`.
 
-What a service does in a day: every backend, cell, layout and size in random order, several threads
-at once, children forked and joined, caches emptied. Memory must stay flat and no thread be left.
+What a service does in a day: every backend with kernels for a CPU, every cell, layout and size in
+random order, several threads at once, children forked and joined, caches emptied. Memory must stay
+flat and no thread be left.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_map
 
 import fastrnn
 
+pytestmark = pytest.mark.contract
+
 
 def setting(name: str, batch_first: bool) -> tuple[Any, Tensor, Tensor]:
     m = getattr(fastrnn, name)(3, 4, batch_first=batch_first, dtype=torch.float64)

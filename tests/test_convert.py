@@ -14,6 +14,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastrnn
 
+pytestmark = pytest.mark.contract
+
 OURS = {
     nn.RNN: fastrnn.RNN,
     nn.LSTM: fastrnn.LSTM,

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastrnn
 from fastrnn import diagnostics
 
+pytestmark = pytest.mark.contract
+
 MODES = list(LAYERS)
 
 

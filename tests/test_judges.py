@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastrnn
 
+pytestmark = pytest.mark.contract
+
 F32, F64 = torch.float32, torch.float64
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 

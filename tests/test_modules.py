@@ -37,6 +37,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastrnn
 
+pytestmark = pytest.mark.contract
+
 Pair = tuple[nn.Module, nn.Module]
 
 
@@ -701,6 +703,7 @@ def test_a_deepcopy_has_weights_of_its_own(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("automatic")
 def test_meta_device(mode: str) -> None:
     for table, shape in ((LAYERS, (5, 2, 3)), (STEPS, (2, 3))):
         m = table[mode][0](3, 4, device="meta")

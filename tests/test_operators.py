@@ -29,7 +29,10 @@ needs_dynamo_exporter = pytest.mark.skipif(
     reason="needs onnxscript, and torch 2.8",
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.contract,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,10 @@ from fastrnn.cells import CELLS
 MODES = list(LAYERS)
 F64 = torch.float64
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+pytestmark = [
+    pytest.mark.contract,
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+]
 
 
 @pytest.fixture(params=layered(), autouse=True)

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import import_module
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ BACKENDS = ("cpp", "numba", "triton", "torch", "reference")
 """Every backend by name, in the order of the automatic choice: the first that does not refuse."""
 
 _environment = os.environ.get("FASTRNN_BACKEND") or None
+_unwarned = Lock()  # whoever takes it warns, and nobody gives it back
 _context: ContextVar[str | None] = ContextVar("fastrnn_backend", default=None)
 
 
@@ -182,10 +184,9 @@ def _chosen(
     return cast("Backend | Stacks", load(choice.backend))
 
 
-@cache
 def _warn_without_extension() -> None:
     problem = load("cpp").missing()
-    if problem is None:
+    if problem is None or not _unwarned.acquire(blocking=False):
         return
     numba: Any = load("numba")
     fused = numba.missing() is None and numba.broken() is None

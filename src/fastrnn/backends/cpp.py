@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sysconfig
 from collections.abc import Sequence
 from functools import cache
 
@@ -21,6 +22,8 @@ except ImportError as error:
     _missing: str | None = f"the extension fastrnn._cpp could not be imported ({error})"
     if importlib.util.find_spec("fastrnn._cpp") is None:
         _missing = "fastrnn was installed without its extension fastrnn._cpp"
+        if sysconfig.get_config_var("Py_GIL_DISABLED"):
+            _missing += ", which relies on the lock that this free-threaded Python does without"
 else:
     _missing = None
 
