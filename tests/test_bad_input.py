@@ -399,6 +399,9 @@ def test_a_cell_raises_when_torchs_does(mode: str, data: st.DataObject) -> None:
 # Anything at all
 
 
+PUBLIC = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+
+
 class Fuzz:
     """Arguments as they should be, mostly, of sizes T=5, B=2, I=3 and H=4."""
 
@@ -492,7 +495,7 @@ class Fuzz:
 
     def constructor(self) -> Callable[[], Any]:
         values = [1, 2, 3, -1, 0, 2**40, 2**62, 1.5, None, "3", "relu", True, math.nan, [], 2**70]
-        cls = getattr(fastrnn, self.draw.choice(["RNN", "LSTM", "GRU", "RNNBase", "RNNCell"]))
+        cls = getattr(fastrnn, self.draw.choice([*PUBLIC, "RNNBase"]))
         names = ["num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"]
         names += ["device", "dtype", "nonlinearity", "surprise"]
         args = [self.draw.choice(values) for _ in range(self.draw.randrange(3))]
@@ -502,11 +505,29 @@ class Fuzz:
         return lambda: cls(*args, **kwargs)
 
     def function(self) -> Callable[[], Any]:
-        m = self.module(("LSTM", "GRUCell"))
-        thing = self.draw.choice([m, nn.LSTM(3, 4), None, 3, "a", m.state_dict()])
-        x = self.tensor(5, 2, 3)
-        return self.draw.choice(
+        draw, m = self.draw, self.module(PUBLIC)
+        others = (nn.LSTM(3, 4), nn.RNNCell(3, 4, nonlinearity="sigmoid"), None, 3, "a")
+        thing = m if self.once_in(2) else draw.choice([*others, m.state_dict()])
+        x, hx = self.tensor(5, 2, 3), self.tensor(1, 2, 4)
+        number = draw.choice([1, 2, 3, 20, 0, -1, 0.5, None, "a", [1], math.nan, 2**40])
+        dim = draw.choice([0, 1, -1, 7, None, "a"])
+        name = draw.choice(PUBLIC)
+        init = draw.choice(["chrono_", "forget_bias_", "identity_", "orthogonal_"])
+
+        def step(*windows: Any) -> tuple[Any, Any]:
+            return windows[0] * 2, windows[-1]
+
+        def patched() -> Any:
+            with fastrnn.patched():
+                return getattr(nn, name)(3, 4)(x)
+
+        return draw.choice(
             [
+                patched,
+                lambda: getattr(fastrnn.init, init)(thing, number),
+                lambda: [y for y, _ in fastrnn.tbptt(step, (x, x), number, hx, dim=dim)],
+                lambda: [y for y, _ in fastrnn.tbptt(step, thing, number, hx, dim=dim)],
+                lambda: fastrnn.diagnostics.gradient_flow(thing, x, hx),
                 lambda: fastrnn.explain(thing, x),
                 lambda: fastrnn.convert(thing),
                 lambda: fastrnn.revert(thing),

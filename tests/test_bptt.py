@@ -72,3 +72,7 @@ def test_wrong_arguments() -> None:
         fastrnn.tbptt(m, (x, y[:7]), 3)
     with pytest.raises(ValueError, match=r"of one length, got \[\]"):
         fastrnn.tbptt(m, (), 3)
+    with pytest.raises(TypeError, match="sequences of tensors, got int"):
+        fastrnn.tbptt(m, [1, 2], 3)
+    with pytest.raises(ValueError, match=r"with a dimension 3, got \[10, 2, 3\]"):
+        fastrnn.tbptt(m, x, 3, dim=3)

@@ -195,6 +195,15 @@ def test_script_is_refused_and_revert_helps(make: Any) -> None:
     torch.testing.assert_close(torch.jit.script(fastrnn.revert(model))(x), expected)
 
 
+def test_a_pickle_of_torchs_layer_becomes_ours_inside_patched() -> None:
+    """Without the list of weights that torch's keeps."""
+    saved, x = pickle.dumps(torchs := nn.GRU(3, 4)), torch.randn(5, 2, 3)
+    with fastrnn.patched():
+        m = pickle.loads(saved)
+    assert type(m) is fastrnn.GRU and "_flat_weights" not in vars(m)
+    torch.testing.assert_close(m(x), torchs(x))
+
+
 def test_patched() -> None:
     before = {c.__name__: getattr(nn, c.__name__) for c in OURS}
     with fastrnn.patched():

@@ -92,12 +92,16 @@ def test_chrono_spreads_the_times() -> None:
                 torch.testing.assert_close(bias[0].sigmoid(), 1 - gate)
 
 
+ODD_CELL = nn.RNNCell(3, 4, nonlinearity="sigmoid")  # torch refuses it at a call
+
+
 @pytest.mark.parametrize(
     "call,error,message",
     [
         (lambda: init.identity_(fastrnn.RNN(3, 4)), ValueError, "relu.*got RNN_TANH"),
         (lambda: init.identity_(fastrnn.LSTM(3, 4)), ValueError, "relu.*got LSTM"),
         (lambda: init.orthogonal_(nn.Linear(3, 4)), TypeError, "got Linear"),
+        (lambda: init.orthogonal_(ODD_CELL), ValueError, "tanh or relu, got 'sigmoid'"),
         (lambda: init.forget_bias_(fastrnn.RNN(3, 4)), ValueError, "got RNN_TANH"),
         (lambda: init.forget_bias_(fastrnn.GRU(3, 4, bias=False)), ValueError, "bias=False"),
         (lambda: init.chrono_(fastrnn.LSTMCell(3, 4), 2), ValueError, "3 steps or more, got 2"),

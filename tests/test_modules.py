@@ -460,6 +460,11 @@ def test_lengths_under_another_default_device() -> None:
         assert torch.equal(m(x, lengths=[5, 3])[0], expected)
 
 
+def test_lengths_of_zero_are_no_way_around_a_check() -> None:
+    with pytest.raises(RuntimeError, match="input's device meta, got weights on cpu"):
+        fastrnn.GRU(3, 4)(torch.randn(5, 2, 3, device="meta"), lengths=[0, 0])
+
+
 def test_lengths_want_a_padded_batch() -> None:
     m = fastrnn.GRU(3, 4)
     for input in (torch.randn(5, 3), pack_sequence([torch.randn(5, 3)])):
@@ -714,6 +719,16 @@ def test_meta_device(mode: str) -> None:
             assert a.shape == b.shape
         with torch.device("meta"):
             assert next(table[mode][0](3, 4).parameters()).is_meta
+
+
+def test_a_list_of_weights_that_is_set() -> None:
+    """torch.nn computes with it; ours reads the attributes, and says so if that differs."""
+    m = fastrnn.LSTM(3, 4)
+    m._flat_weights = list(m.parameters())
+    with pytest.raises(
+        RuntimeError, match=r"LSTM's own weights in _flat_weights, .*: set weight_hh"
+    ):
+        m._flat_weights = [w.detach().clone() for w in m.parameters()]
 
 
 def test_isinstance_of_torchs_bases() -> None:

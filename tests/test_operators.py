@@ -192,6 +192,57 @@ def test_a_trace(mode: str) -> None:
         assert_close(gradients(m, traced, x), gradients(m, m, x))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("way", ["trace", "export"])
+def test_what_a_record_would_fix_is_refused(way: str, packed: bool) -> None:
+    """Lengths: those of the example would hold for all calls. A trace looks at a packed batch's."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = fastrnn.GRU(3, 4)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            if not packed:
+                return self.gru(x, lengths=lengths)[0]
+            return self.gru(pack_padded_sequence(x, lengths))[0].data
+
+    m, x, lengths = Model(), torch.randn(5, 2, 3), torch.tensor([5, 3])
+    if way == "trace" and packed:
+        traced = torch.jit.trace(m, (x, lengths))
+        lengths = torch.tensor([4, 4])
+        assert_close(traced(x, lengths), m(x, lengths))
+        return
+    if way == "export" and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("this torch does not say that it exports")
+    record = torch.jit.trace if way == "trace" else torch.export.export
+    with pytest.raises(RuntimeError, match=rf"torch\.(jit\.)?{way}: expected .* without lengths"):
+        record(m, (x, lengths))
+
+
+def test_a_graph_of_fx_has_a_layer_as_a_leaf() -> None:
+    """As torch.nn's, though fx looks into the modules of others."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(fastrnn.LSTM(3, 4, batch_first=True))
+            self.gru, self.cell = fastrnn.GRU(4, 4), fastrnn.LSTMCell(4, 5)
+
+        def forward(self, x: Tensor, n: Tensor) -> Any:
+            y, (h, _) = self.inner[0](x)
+            y, _ = self.gru(y.transpose(0, 1), h, lengths=n)
+            return self.cell(y[-1])
+
+    m = Model()
+    graph = torch.fx.symbolic_trace(m)
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert targets == ["inner.0", "gru", "cell"]
+    for B, T, n in ((2, 5, [5, 3]), (3, 4, [0, 4, 1])):
+        x = torch.randn(B, T, 3)
+        assert_close(graph(x, torch.tensor(n)), m(x, torch.tensor(n)))
+
+
 onnx_export = pytest.mark.filterwarnings(
     "ignore:Exporting a model to ONNX with a batch_size:UserWarning",
     "ignore:.*:FutureWarning",

@@ -38,7 +38,8 @@ def tbptt(
         ``step`` depends on what an optimizer changes, and the state after it, detached.
 
     Raises:
-        ValueError: ``window`` is below 1, or the lengths differ.
+        TypeError: ``sequences`` are no tensors.
+        ValueError: ``window`` is below 1, the lengths differ, or there is no dimension ``dim``.
 
     Source: Williams and Peng 1990, "An Efficient Gradient-Based Algorithm for On-Line Training of
     Recurrent Network Trajectories".
@@ -52,6 +53,11 @@ def tbptt(
     ...     loss.backward()
     """
     sequences = [sequences] if isinstance(sequences, Tensor) else list(sequences)
+    for s in sequences:
+        if not isinstance(s, Tensor):
+            raise TypeError(f"expected sequences of tensors, got {type(s).__name__}")
+        if not -s.dim() <= dim < s.dim():
+            raise ValueError(f"expected sequences with a dimension {dim}, got {list(s.shape)}")
     lengths = {s.shape[dim] for s in sequences}
     if len(lengths) != 1:
         raise ValueError(f"expected sequences of one length, got {sorted(lengths)}")

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from torch.nn.utils import parametrize
 from fastrnn import modules
 
 __all__ = ["convert", "patched", "revert"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: modules.RNN,
@@ -31,7 +34,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: Model) -> Model:
     """Make every recurrent module and cell of torch.nn in ``model`` one of fastrnn's, in place.
 
     These are ``model`` and its registered submodules at any depth.
@@ -59,7 +62,7 @@ def convert(model: nn.Module) -> nn.Module:
     return _exchanged(model, _OURS, "convert")
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Make every module of fastrnn's in ``model`` the one of torch.nn that it stands for, in place.
 
     Returns:
@@ -75,9 +78,7 @@ def revert(model: nn.Module) -> nn.Module:
     return _exchanged(model, _THEIRS, "revert")
 
 
-def _exchanged(
-    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], verb: str
-) -> nn.Module:
+def _exchanged(model: Model, classes: dict[type[nn.Module], type[nn.Module]], verb: str) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     ours = (modules.RNNBase, modules.RNNCellBase)

@@ -54,6 +54,7 @@ def orthogonal_(module: Module, gain: float = 1.0) -> Module:
 
     Raises:
         TypeError: the module is no recurrent layer or cell.
+        ValueError: it is an RNNCell of a nonlinearity that torch lacks.
 
     Source: Saxe, McClelland and Ganguli 2014, "Exact solutions to the nonlinear dynamics of
     learning in deep linear neural networks".
@@ -126,7 +127,9 @@ def _mode(module: nn.Module) -> str:
     if isinstance(module, nn.RNNBase):
         return str(module.mode)
     if isinstance(module, nn.RNNCell):
-        return f"RNN_{module.nonlinearity.upper()}"
+        if (mode := f"RNN_{module.nonlinearity.upper()}") not in CELLS:
+            raise ValueError(f"expected an RNNCell with tanh or relu, got {module.nonlinearity!r}")
+        return mode
     if isinstance(module, nn.LSTMCell | nn.GRUCell):
         return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU"
     raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")

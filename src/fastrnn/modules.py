@@ -14,13 +14,14 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import functional, onnx
 from fastrnn.autograd import transformed, unwrapped
 from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.dispatch import Choice, choose
+from fastrnn.operators import exporting, tracing
 from fastrnn.rows import live
 
 __all__ = [
@@ -154,8 +155,13 @@ class RNNBase(nn.RNNBase):
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
-    def _flat_weights(self, weights: object) -> None:
-        """Take no notice: code written for torch.nn sets the list after it has set the weights."""
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        """Code written for torch.nn sets the list after it has set the weights: nothing is new."""
+        if any(w is not now for w, now in zip(weights, self._flat_weights, strict=True)):
+            raise RuntimeError(
+                f"expected {self._name}'s own weights in _flat_weights, which are read by attribute"
+                " at every call, got other tensors: set weight_hh_l0 and its like instead"
+            )
 
     def _init_flat_weights(self) -> None:
         # torch's own looks at what cuDNN could run, by a mode that it knows.
@@ -174,7 +180,9 @@ class RNNBase(nn.RNNBase):
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, state)
+        # What torch's layer kept, if it was saved and ours has taken its name since.
+        lists = ("_flat_weights", "_flat_weight_refs")
+        nn.Module.__setstate__(self, {k: v for k, v in state.items() if k not in lists})
 
     def _weights(self) -> list[list[Weights]]:
         """``[layer][direction]``, as :func:`fastrnn.functional.rnn` takes them."""
@@ -198,6 +206,8 @@ class RNNBase(nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Any, Any]:
         """Run the layers; see the class for shapes and errors."""
+        if isinstance(input, fx.Proxy):
+            return _leaf(self, input, hx, lengths)
         if lengths is not None:
             return self._forward_lengths(input, hx, lengths)
         cell = self._cell
@@ -231,7 +241,7 @@ class RNNBase(nn.RNNBase):
     def _forward_packed(
         self, cell: Cell, weights: list[list[Weights]], input: PackedSequence, hx: Any
     ) -> tuple[PackedSequence, Any]:
-        _check_no_onnx()
+        _check_no_export()
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if (dim := _rank(data, "a PackedSequence of a Tensor")) != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {dim}")
@@ -256,7 +266,12 @@ class RNNBase(nn.RNNBase):
 
     def _forward_lengths(self, input: Any, hx: Any, lengths: Any) -> tuple[Tensor, Any]:
         """A padded batch, of which sequences without a step keep their state."""
-        _check_no_onnx()
+        _check_no_export()
+        if tracing():
+            raise RuntimeError(
+                "torch.jit.trace: expected an input without lengths, whose numbers the trace would "
+                "keep; pack_padded_sequence is recorded with those of each call"
+            )
         if not isinstance(input, Tensor) or input.dim() != 3:
             got = f"{input.dim()}D" if isinstance(input, Tensor) else type(input).__name__
             raise ValueError(f"{self._name}: Expected a 3D tensor with lengths, got {got}")
@@ -267,6 +282,10 @@ class RNNBase(nn.RNNBase):
         # Nothing below checks what belongs to sequences without a step.
         functional.check_like("input", input, input)
         dtype = functional.autocast_dtype(input)
+        if not dtype:
+            for w in (w for directions in weights for each in directions for w in each):
+                if w is not None:
+                    functional.check_like("weights", w, input)
         state = None
         if hx is not None:
             state = self._check_rank(cell, hx, 3)
@@ -383,11 +402,21 @@ def _rank(input: Any, expected: str) -> int:
         raise TypeError(f"expected {expected}, got {type(input).__name__}") from None
 
 
-def _check_no_onnx() -> None:
-    if onnx.exporting():
+def _check_no_export() -> None:
+    where = "export to ONNX" if onnx.exporting() else "torch.export" if exporting() else None
+    if where:
         raise RuntimeError(
-            "export to ONNX: expected a padded input without lengths, got a packed one or lengths"
+            f"{where}: expected a padded input without lengths, got a packed one or lengths"
         )
+
+
+def _leaf(module: nn.Module, input: fx.Proxy, *args: Any) -> fx.Proxy:
+    """A call of the module in a graph of torch.fx, which looks into all but torch.nn's."""
+    while args and args[-1] is None:
+        args = args[:-1]
+    tracer = input.tracer
+    target = tracer.path_of_module(module)  # type: ignore[attr-defined]
+    return tracer.create_proxy("call_module", target, (input, *args), {})
 
 
 def _lookup(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
@@ -617,6 +646,8 @@ class RNNCellBase(nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Run one step; see the class for shapes and errors."""
+        if isinstance(input, fx.Proxy):
+            return _leaf(self, input, hx)
         cell = self._cell
         weights = self._weights()
         self._check_dimensions(input)

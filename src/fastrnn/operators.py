@@ -20,7 +20,7 @@ from fastrnn.backends import Backend
 from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.dispatch import load
 
-__all__ = ["layer", "recording", "tracing"]
+__all__ = ["exporting", "layer", "recording", "tracing"]
 
 _library = torch.library.Library("fastrnn", "DEF")
 # The weights of a direction that are there, after each other.
@@ -38,6 +38,12 @@ _library.define(
 def tracing() -> bool:
     """Whether ``torch.jit.trace`` records."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` records; torch before 2.7 does not say."""
+    ask = getattr(torch.compiler, "is_exporting", None)
+    return ask is not None and ask()
 
 
 def recording() -> bool:
