@@ -5,8 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # What the wheel is tested beside, too; several GB on Linux, where PyPI has builds for CUDA only.
 NEWEST_TORCH ?= torch==2.14.1
-# Python, torch and Numba that `make matrix` tries: the oldest that are supported, and every Python.
-MATRIX ?= 3.10-2.6.0-0.61.2 3.10-2.13.0 3.11-2.13.0 3.12-2.13.0 3.13-2.13.0
+# Python, torch and Numba that `make matrix` tries: every Python, from the oldest of all to the newest.
+MATRIX ?= 3.10-2.6.0-0.61.2 3.11-2.13.0 3.12-2.13.0 3.13-2.14.1
 # With which the plan table was chosen; other versions from 3.6 on compile other code.
 TRITON ?= triton==3.7.1
 
@@ -147,7 +147,7 @@ build/matrix/%.txt: build/matrix/sdist
 	rm -rf build/matrix/$* && python$(call part,1) -m venv build/matrix/$*
 	cd build/matrix/$* && bin/python -m pip install -qq --upgrade pip && bin/python -m pip install -qq torch==$(call part,2)
 	cd build/matrix/$* && FASTRNN_REQUIRE_CPP=1 bin/python -m pip install -qq --no-cache-dir --no-binary fastrnn \
-		"$$(echo ../sdist/*)[test]" $(addprefix numba==,$(call part,3))
+		"$$(echo ../sdist/*)[test]" torch==$(call part,2) $(addprefix numba==,$(call part,3))
 	cd build/matrix/$* && bin/python -m fastrnn info
 	cd build/matrix/$* && bin/pytest -q -n 2 -m "(isa or installed) and not heavy" $(CURDIR)/tests >pytest.log || \
 		(cat pytest.log && false)
