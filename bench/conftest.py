@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -81,8 +82,20 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "engine": engine(config),
         "seconds": config.getoption("--seconds"),
+        "import": import_milliseconds(),
         "probe": {str(n): found for n, found in config.stash[PROBES].items()},
     }
+
+
+def import_milliseconds() -> float:
+    """What ``import fastrnn`` adds to ``import torch``: the median of ten processes."""
+    code = (
+        "import time, torch; began = time.perf_counter(); import fastrnn; "
+        "print(1e3 * (time.perf_counter() - began))"
+    )
+    command = [sys.executable, "-c", code]
+    found = [float(subprocess.check_output(command, text=True)) for _ in range(10)]
+    return statistics.median(found)
 
 
 def engine(config: pytest.Config) -> str:

@@ -184,6 +184,42 @@ class Compiled(Module):
         return _refuses_variants(case)
 
 
+class Lengths(Module):
+    """Our layer on a padded batch beside its lengths, of which the others get the packed one."""
+
+    def __init__(self) -> None:
+        super().__init__("fastrnn")
+        self.name = "fastrnn lengths"
+
+    def refuses(self, case: Case) -> str | None:
+        return None if case.packed else "measured on the packed batches, unpacked"
+
+    def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
+        module = make(fastrnn, case)
+        module.load_state_dict(problem.module.state_dict())
+        module.train(case.training)
+        x, hx, lengths = problem.x, problem.hx, problem.lengths
+        self.pack = problem.pack  # for results, in which torch.nn's are packed
+
+        def infer() -> Any:
+            with torch.inference_mode():
+                return [module(x, hx, lengths=lengths)[0]]
+
+        leaves = [x, *problem.state, *module.parameters()]
+
+        def train() -> Any:
+            for leaf in leaves:
+                leaf.requires_grad_()
+            y, _ = module(x, hx, lengths=lengths)
+            return [y, *torch.autograd.grad(y, leaves, problem.cotangent)]
+
+        return train if case.training else infer
+
+    def results(self, raw: Any) -> list[Tensor]:
+        output, *gradients = super().results(raw)
+        return [self.pack(output).data, *gradients]
+
+
 class FlashRnn:
     """https://github.com/NX-AI/flashrnn, of which a head is a layer."""
 
@@ -464,21 +500,26 @@ class _Nothing(torch.autograd.Function):
 class Floor:
     """What a call costs that computes nothing, or next to nothing: a limit, not a peer."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, compiled: bool = False) -> None:
+        self.name = f"{name} compiled" if compiled else name
+        self.compiled = compiled
 
     def refuses(self, case: Case) -> str | None:
-        return None if case.shape.T == case.shape.B == 1 else "T = B = 1 only"
+        if case.shape.T != 1 or case.shape.B != 1:
+            return "T = B = 1 only"
+        return "measured where layers are compiled" if self.compiled and not case.training else None
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
         x, h = problem.x, problem.state[0]
-        if self.name == "nn.Linear":
-            module: nn.Module = nn.Linear(case.shape.I, case.shape.H).to(x)
-            leaves = [x, *module.parameters()]
-        else:
-            module = nn.Identity()
+        nothing = self.name == "nothing"
+        if nothing:
+            module: Any = nn.Identity()
             leaves = [x, h, *problem.module.parameters()]
-        nothing = case.training and self.name != "nn.Linear"
+        else:
+            module = nn.Linear(case.shape.I, case.shape.H).to(x)
+            leaves = [x, *module.parameters()]
+            if self.compiled:
+                module = torch.compile(module, fullgraph=True)
 
         def infer() -> Any:
             with torch.inference_mode():
@@ -495,7 +536,7 @@ class Floor:
 
 OURS = Module("fastrnn")
 TORCH = Module("torch.nn")
-OURS_OTHERWISE = (Module("fastrnn", "numba"), Compiled())
+OURS_OTHERWISE = (Module("fastrnn", "numba"), Compiled(), Lengths())
 PEERS: tuple[Peer, ...] = (
     TORCH,
     OnnxRuntime(),
@@ -505,7 +546,7 @@ PEERS: tuple[Peer, ...] = (
     *OURS_OTHERWISE,
 )
 GPU_PEERS: tuple[Peer, ...] = (TORCH, FlashRnn())
-FLOORS = (Floor("nothing"), Floor("nn.Linear"))
+FLOORS = (Floor("nothing"), Floor("nn.Linear"), Floor("nn.Linear", compiled=True))
 
 
 # Relative to the norm, and to the largest element. Below float32 both sides round; on a GPU cuDNN
