@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastrnn
 from fastrnn.cells import CELLS
+from fastrnn.dispatch import load
 
 MODES = list(LAYERS)
 F32 = torch.float32
@@ -106,6 +107,33 @@ def test_inductor(mode: str) -> None:
     assert_close(gradients(m, compiled, x), gradients(m, m, x))
     with torch.no_grad():
         assert_close(compiled(x), m(x))
+
+
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+    reason="torch 2.6's compiler does not know whether autocast is available",
+)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_training_has_is_compiled(mode: str, autocast: bool) -> None:
+    """An initial state, dropout and bfloat16: the same numbers as in eager mode."""
+    m = LAYERS[mode][0](3, 4, 2, dropout=0.5)
+    x, state = torch.randn(5, 2, 3), torch.randn(2, 2, 4)
+    if not autocast:
+        m, x, state = m.bfloat16(), x.bfloat16(), state.bfloat16()
+
+    def run(x: Tensor, state: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output, final = m(x, (state, state) if mode == "LSTM" else state)
+        return output + tree_leaves(final)[0].sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found = []
+    for each in run, compiled:
+        torch.manual_seed(1)
+        found.append(gradients(m, lambda x, each=each: each(x, state), x))
+    assert found[0][0].dtype is torch.bfloat16
+    assert_close(found[1], found[0])
 
 
 def test_sizes_that_change_compile_once() -> None:
@@ -418,23 +446,31 @@ CHECKED = [
 ]
 
 
+DTYPES = (torch.float64, torch.float16, torch.bfloat16)
+
+
 @pytest.mark.parametrize("backend", layered())
-@pytest.mark.parametrize("case", CHECKED, ids=str)
-def test_operators_are_what_torch_expects(case: Case, backend: str) -> None:
+@pytest.mark.parametrize(
+    "case,dtype", [*((case, F32) for case in CHECKED), *((CHECKED[2], d) for d in DTYPES)], ids=str
+)
+def test_operators_are_what_torch_expects(case: Case, dtype: torch.dtype, backend: str) -> None:
     """``opcheck`` of every call that a layer and its reverse make."""
-    d, m = data(case, F32), ours(case, F32)
+    if why := load(backend).refuses(case.cell, dtype, torch.device("cpu")):
+        pytest.skip(why)
+    d, m = data(case, dtype), ours(case, dtype)
     expected = evaluate(m, case, d, backend)
     with Calls() as seen:
-        assert_near(evaluate(m, case, d, backend), expected, F32)
+        # One and the same run, so of 16 bits all are the same.
+        near = F32 if dtype.itemsize == 2 else dtype
+        assert_near(evaluate(m, case, d, backend), expected, near)
     assert [op._opname for op, _ in seen.calls] == ["layer", "reverse"]
     for op, args in seen.calls:
-        leaves = tree_map_only(
-            Tensor, lambda t: t.detach().requires_grad_(t.is_floating_point()), args
-        )
-        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         # The reverse has no derivative to be recorded.
-        tests += ("test_aot_dispatch_dynamic",) if op._opname == "layer" else ()
-        torch.library.opcheck(op, leaves if op._opname == "layer" else args, test_utils=tests)
+        first = op._opname == "layer"
+        leaves = tree_map_only(
+            Tensor, lambda t, f=first: t.detach().requires_grad_(f and t.is_floating_point()), args
+        )
+        torch.library.opcheck(op, leaves)
 
 
 @pytest.mark.parametrize("mode", CELLS)
