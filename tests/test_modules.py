@@ -725,6 +725,8 @@ def test_a_list_of_weights_that_is_set() -> None:
     """torch.nn computes with it; ours reads the attributes, and says so if that differs."""
     m = fastrnn.LSTM(3, 4)
     m._flat_weights = list(m.parameters())
+    nn.utils.parametrizations.weight_norm(m, "weight_hh_l0")
+    m._flat_weights = m._flat_weights
     with pytest.raises(
         RuntimeError, match=r"LSTM's own weights in _flat_weights, .*: set weight_hh"
     ):

@@ -157,7 +157,10 @@ class RNNBase(nn.RNNBase):
     @_flat_weights.setter
     def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
         """Code written for torch.nn sets the list after it has set the weights: nothing is new."""
-        if any(w is not now for w, now in zip(weights, self._flat_weights, strict=True)):
+        # A parametrised weight is a new tensor each time.
+        for name, w in zip(self._flat_weights_names, weights, strict=False):
+            if self._parameters.get(name, w) is w:
+                continue
             raise RuntimeError(
                 f"expected {self._name}'s own weights in _flat_weights, which are read by attribute"
                 " at every call, got other tensors: set weight_hh_l0 and its like instead"
