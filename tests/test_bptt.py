@@ -74,5 +74,9 @@ def test_wrong_arguments() -> None:
         fastrnn.tbptt(m, (), 3)
     with pytest.raises(TypeError, match="sequences of tensors, got int"):
         fastrnn.tbptt(m, [1, 2], 3)
+    with pytest.raises(TypeError, match="window to be an int, got float"):
+        fastrnn.tbptt(m, x, 2.5)
+    with pytest.raises(ValueError, match="with a dimension None"):
+        fastrnn.tbptt(m, x, 2, dim=None)
     with pytest.raises(ValueError, match=r"with a dimension 3, got \[10, 2, 3\]"):
         fastrnn.tbptt(m, x, 3, dim=3)

@@ -756,6 +756,9 @@ def test_melody_composes_from_key_and_first_note(few):
         assert tune.notes[0] == given.notes[0] and (tune.key, tune.metre) == given[:2]
     same = tunes.compose(model, [some[0], some[0]._replace(metre="unheard")], 1e-7, 0)
     assert same[0].notes != same[1].notes, "the metre takes no part"
+    keys = [some[0]._replace(key=key) for key in sorted({tune.key for tune in some})[:2]]
+    first, second = tunes.compose(model, keys, 1e-7, 0)
+    assert first.notes != second.notes, "the key takes no part"
     cold = [tunes.compose(model, begun, 1e-7, seed) for seed in (1, 2)]
     assert cold[0] == cold[1] and cold[0] != made
 

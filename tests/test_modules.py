@@ -731,6 +731,8 @@ def test_a_list_of_weights_that_is_set() -> None:
         RuntimeError, match=r"LSTM's own weights in _flat_weights, .*: set weight_hh"
     ):
         m._flat_weights = [w.detach().clone() for w in m.parameters()]
+    with pytest.raises(RuntimeError, match="own weights"):
+        m._flat_weights = m._flat_weights[:2]
 
 
 def test_isinstance_of_torchs_bases() -> None:

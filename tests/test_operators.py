@@ -271,6 +271,25 @@ def test_a_graph_of_fx_has_a_layer_as_a_leaf() -> None:
         assert_close(graph(x, torch.tensor(n)), m(x, torch.tensor(n)))
 
 
+def test_what_a_leaf_would_do_twice_is_refused() -> None:
+    class Twice(fastrnn.GRU):
+        def forward(self, input: Any, *args: Any) -> Any:  # type: ignore[override]
+            return super().forward(2 * input, *args)
+
+    with_hook = fastrnn.GRU(3, 4)
+    with_hook.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    for m in nn.Sequential(Twice(3, 4)), nn.Sequential(with_hook), fastrnn.GRU(3, 4):
+        with pytest.raises(RuntimeError, match=r"torch\.fx: expected a (GRU|Twice) inside a model"):
+            torch.fx.symbolic_trace(m)
+
+    class Leaves(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+            return isinstance(m, fastrnn.RNNBase) or super().is_leaf_module(m, name)
+
+    m, x = nn.Sequential(with_hook), torch.randn(5, 2, 3)
+    assert_close(torch.fx.GraphModule(m, Leaves().trace(m))(x), m(x))
+
+
 onnx_export = pytest.mark.filterwarnings(
     "ignore:Exporting a model to ONNX with a batch_size:UserWarning",
     "ignore:.*:FutureWarning",

@@ -38,7 +38,7 @@ def tbptt(
         ``step`` depends on what an optimizer changes, and the state after it, detached.
 
     Raises:
-        TypeError: ``sequences`` are no tensors.
+        TypeError: ``sequences`` are no tensors, or ``window`` is no int.
         ValueError: ``window`` is below 1, the lengths differ, or there is no dimension ``dim``.
 
     Source: Williams and Peng 1990, "An Efficient Gradient-Based Algorithm for On-Line Training of
@@ -56,11 +56,13 @@ def tbptt(
     for s in sequences:
         if not isinstance(s, Tensor):
             raise TypeError(f"expected sequences of tensors, got {type(s).__name__}")
-        if not -s.dim() <= dim < s.dim():
+        if not isinstance(dim, int) or not -s.dim() <= dim < s.dim():
             raise ValueError(f"expected sequences with a dimension {dim}, got {list(s.shape)}")
     lengths = {s.shape[dim] for s in sequences}
     if len(lengths) != 1:
         raise ValueError(f"expected sequences of one length, got {sorted(lengths)}")
+    if not isinstance(window, int):
+        raise TypeError(f"expected window to be an int, got {type(window).__name__}")
     if window < 1:
         raise ValueError(f"expected a window of 1 step or more, got {window}")
     return _windows(step, sequences, window, state, dim)

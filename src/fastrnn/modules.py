@@ -157,10 +157,10 @@ class RNNBase(nn.RNNBase):
     @_flat_weights.setter
     def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
         """Code written for torch.nn sets the list after it has set the weights: nothing is new."""
+        names = self._flat_weights_names
         # A parametrised weight is a new tensor each time.
-        for name, w in zip(self._flat_weights_names, weights, strict=False):
-            if self._parameters.get(name, w) is w:
-                continue
+        pairs = zip(names, weights, strict=False)
+        if len(weights) != len(names) or any(self._parameters.get(n, w) is not w for n, w in pairs):
             raise RuntimeError(
                 f"expected {self._name}'s own weights in _flat_weights, which are read by attribute"
                 " at every call, got other tensors: set weight_hh_l0 and its like instead"
@@ -414,12 +414,24 @@ def _check_no_export() -> None:
 
 
 def _leaf(module: nn.Module, input: fx.Proxy, *args: Any) -> fx.Proxy:
-    """A call of the module in a graph of torch.fx, which looks into all but torch.nn's."""
+    """A call of the module in a graph of torch.fx, which looks into all but torch.nn's.
+
+    The graph is to call all of the module, of which fx has seen what is done before and after.
+    """
+    tracer: Any = input.tracer
+    own = type(module).forward in (RNNBase.forward, RNNCellBase.forward)
+    if not own or module._forward_pre_hooks or module._forward_hooks or module is tracer.root:
+        raise RuntimeError(
+            f"torch.fx: expected a {type(module).__name__} inside a model, without hooks and with "
+            "fastrnn's own forward; with a Tracer whose is_leaf_module takes fastrnn.RNNBase and "
+            "RNNCellBase it may have them"
+        )
     while args and args[-1] is None:
         args = args[:-1]
-    tracer = input.tracer
-    target = tracer.path_of_module(module)  # type: ignore[attr-defined]
-    return tracer.create_proxy("call_module", target, (input, *args), {})
+    leaf: fx.Proxy = tracer.create_proxy(
+        "call_module", tracer.path_of_module(module), (input, *args), {}
+    )
+    return leaf
 
 
 def _lookup(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
