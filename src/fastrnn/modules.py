@@ -285,10 +285,6 @@ class RNNBase(nn.RNNBase):
         # Nothing below checks what belongs to sequences without a step.
         functional.check_like("input", input, input)
         dtype = functional.autocast_dtype(input)
-        if not dtype:
-            for w in (w for directions in weights for each in directions for w in each):
-                if w is not None:
-                    functional.check_like("weights", w, input)
         state = None
         if hx is not None:
             state = self._check_rank(cell, hx, 3)
@@ -319,7 +315,11 @@ class RNNBase(nn.RNNBase):
             final = tuple(s.to(output.dtype, copy=True) for s in final)
             # Everything has a gradient, and it is zero.
             for t in (input, *(w for layer in weights for each in layer for w in each)):
-                output = output if t is None else output + t.flatten()[:0].sum().to(output.dtype)
+                if t is None:
+                    continue
+                if not dtype:
+                    functional.check_like("weights", t, input)
+                output = output + t.flatten()[:0].sum().to(output.dtype)
         output = output.unflatten(0, input.shape[:2])
         return output, final if len(final) > 1 else final[0]
 
