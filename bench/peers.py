@@ -114,6 +114,7 @@ class Module:
     """A library with torch.nn's interface; of fastrnn perhaps a backend that is not the fastest."""
 
     compiled = False
+    padded = False  # and beside its lengths, where the others get a packed batch
 
     def __init__(self, name: str, backend: str | None = None) -> None:
         self.name = f"{name} {backend}" if backend else name
@@ -133,19 +134,21 @@ class Module:
             torch._dynamo.reset()  # else it refuses the ninth layer that it meets
             module = torch.compile(module, fullgraph=True)
         x, hx = problem.x, problem.hx
+        packed = case.packed and not self.padded
+        more = {"lengths": problem.lengths} if self.padded else {}
 
         def output(input: Any) -> Tensor:
             if self.backend:
                 with fastrnn.use_backend(self.backend):
-                    result = module(input, hx)
+                    result = module(input, hx, **more)
             else:
-                result = module(input, hx)
+                result = module(input, hx, **more)
             if case.one_step:
                 return result[0] if case.cell == "LSTM" else result
-            return result[0].data if case.packed else result[0]
+            return result[0].data if packed else result[0]
 
         if not case.training:
-            input = problem.pack(x) if case.packed else x
+            input = problem.pack(x) if packed else x
 
             def infer() -> Any:
                 with torch.inference_mode():
@@ -154,13 +157,13 @@ class Module:
             return infer
         leaves = [x, *problem.state, *module.parameters()]
         cotangent = problem.cotangent
-        if case.packed:
+        if packed:
             cotangent = problem.pack(cotangent).data
 
         def train() -> Any:
             for leaf in leaves:
                 leaf.requires_grad_()
-            y = output(problem.pack(x) if case.packed else x)
+            y = output(problem.pack(x) if packed else x)
             return [y, *torch.autograd.grad(y, leaves, cotangent)]
 
         return train
@@ -187,6 +190,8 @@ class Compiled(Module):
 class Lengths(Module):
     """Our layer on a padded batch beside its lengths, of which the others get the packed one."""
 
+    padded = True
+
     def __init__(self) -> None:
         super().__init__("fastrnn")
         self.name = "fastrnn lengths"
@@ -195,25 +200,8 @@ class Lengths(Module):
         return None if case.packed else "measured on the packed batches, unpacked"
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
-        module = make(fastrnn, case)
-        module.load_state_dict(problem.module.state_dict())
-        module.train(case.training)
-        x, hx, lengths = problem.x, problem.hx, problem.lengths
         self.pack = problem.pack  # for results, in which torch.nn's are packed
-
-        def infer() -> Any:
-            with torch.inference_mode():
-                return [module(x, hx, lengths=lengths)[0]]
-
-        leaves = [x, *problem.state, *module.parameters()]
-
-        def train() -> Any:
-            for leaf in leaves:
-                leaf.requires_grad_()
-            y, _ = module(x, hx, lengths=lengths)
-            return [y, *torch.autograd.grad(y, leaves, problem.cotangent)]
-
-        return train if case.training else infer
+        return super().prepare(case, problem, threads)
 
     def results(self, raw: Any) -> list[Tensor]:
         output, *gradients = super().results(raw)
