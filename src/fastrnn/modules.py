@@ -309,7 +309,7 @@ class RNNBase(nn.RNNBase):
             final = tuple(
                 s.to(n.dtype).index_copy(1, some, n) for s, n in zip(final, new, strict=True)
             )
-            output = y.new_zeros(T * B, D * P).index_copy(0, places, y)
+            output = y.new_zeros(T * B, D * P).index_copy_(0, places, y)
         else:
             output = rows.new_zeros(T * B, D * P, dtype=dtype)
             final = tuple(s.to(output.dtype, copy=True) for s in final)

@@ -21,15 +21,12 @@ def live(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor, Tensor, Te
         place among the rows of the padded batch, ``[T * B]`` or ``[B * T]``.
     """
     ends, order = lengths.sort(descending=True, stable=True)
-    alive = torch.arange(T, device="cpu").unsqueeze(1) < ends
-    t, r = alive.nonzero(as_tuple=True)
-    b = order[r]
+    t = torch.arange(T, device="cpu").unsqueeze(1)
+    alive = t < ends
+    B = len(lengths)
+    places = torch.add(t, order, alpha=T) if batch_first else torch.add(order, t, alpha=B)
     batch_sizes = alive.sum(1)[: int(ends[0])]
-    return (
-        order[: int(batch_sizes[0])],
-        batch_sizes,
-        b * T + t if batch_first else t * len(lengths) + b,
-    )
+    return order[: int(batch_sizes[0])], batch_sizes, places.masked_select(alive)
 
 
 def steps(N: int, batch: int, batch_sizes: Tensor | None, reverse: bool) -> list[slice]:
