@@ -102,6 +102,10 @@ def test_speed(
     def paired(name: str) -> list[float]:
         return [a / b for a, b in zip(samples[name], samples[ours], strict=True)]
 
+    def more(compiled: str, eager: str) -> float:
+        pairs = zip(samples[compiled], samples[eager], strict=True)
+        return statistics.median(a - b for a, b in pairs)
+
     benchmark.extra_info.update(
         cell=case.cell,
         which=case.which,
@@ -115,6 +119,11 @@ def test_speed(
         seconds={name: statistics.median(values) for name, values in samples.items()},
         ratios={name: statistics.median(paired(name)) for name in others},
         quartiles={name: statistics.quantiles(paired(name))[::2] for name in others},
+        compiled={
+            eager: more(name, eager)
+            for name in samples
+            if (eager := name.removesuffix(" compiled")) != name
+        },
         neighbour=neighbour
         and statistics.median(paired("neighbour")) * flops(case) / flops(neighbour),
         refusals=refusals,
