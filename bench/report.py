@@ -12,8 +12,9 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ README_SHAPES = tuple(
         (1000, 8, 32, 32),
     )
 )
+COLUMNS = [(cell, which) for cell in CELLS[::-1] for which in PASSES[::-1]]
 NUMBA, COMPILED, LENGTHS = "fastrnn numba", "fastrnn compiled", "fastrnn lengths"
 COLORS = {
     "fastrnn": "#d1495b",
@@ -90,6 +92,9 @@ class Result:
     @property
     def key(self) -> tuple[str, str, Shape, str]:
         return self.cell, self.which, self.shape, self.variant
+
+    def __str__(self) -> str:
+        return f"{self.cell} {self.which} {self.shape} {self.variant}".rstrip()
 
     @property
     def readings(self) -> int:
@@ -235,23 +240,34 @@ class Report:
         if not r.memory:
             return " | "
         ours, theirs = (r.memory["peak"][who] / 1e6 for who in ("fastrnn", "torch.nn"))
-        mark = "**" if ours > theirs + 0.05 else ""
+        mark = "**" if self.more_memory(r) else ""
         return f"{mark}{ours:.1f}{mark} | {theirs:.1f}"
+
+    def more_memory(self, r: Result) -> bool:
+        return bool(r.memory and r.memory["peak"]["fastrnn"] > r.memory["peak"]["torch.nn"] + 5e4)
+
+    def behind(self) -> list[str]:
+        """Where a change to fastrnn's layers costs time or memory."""
+        ratios = ((r.ratios["torch.nn"], r) for r in self.results)
+        slower = sorted(ratios, key=itemgetter(0))
+        lines = [f"- {r}: {emphasised(ratio)}" for ratio, r in slower if ratio < 1]
+        larger = [r for r in self.results if r.which == "training" and self.more_memory(r)]
+        if larger:
+            lines += ["", "Training takes more memory than torch.nn's at:", ""]
+            lines += [f"- {r}" for r in larger]
+        return lines
 
     def numba(self) -> list[str]:
         """What runs where there is no compiler, if it is asked for by name."""
-        lines = [
-            "| cell | pass | (T, B, I, H) | | torch.nn ms | ratio |",
-            "|---|---|---|---|---:|---:|",
-        ]
-        for r in self.results:
-            if NUMBA in r.seconds:
-                theirs = r.seconds["torch.nn"]
-                lines.append(
-                    f"| {r.cell} | {r.which} | {r.shape} | {r.variant} | {milliseconds(theirs)} "
-                    f"| {emphasised(theirs / r.seconds[NUMBA])} |"
-                )
-        return lines if len(lines) > 2 else []
+
+        def ratio(r: Result) -> str:
+            measured = NUMBA in r.seconds
+            return emphasised(r.seconds["torch.nn"] / r.seconds[NUMBA]) if measured else ""
+
+        variants = [f"- {r}: {ratio(r)}" for r in self.results if r.variant and ratio(r)]
+        if not any(NUMBA in r.seconds for r in self.results):
+            return []
+        return [*self.pivot((*EVEN, *ODD), ratio), "", *variants]
 
     def floors(self) -> list[str]:
         """Microseconds at T = B = 1 beside those of calls that compute next to nothing."""
@@ -349,6 +365,7 @@ class Report:
             ("", self.heading()),
             ("Geometric means over the eleven even shapes", self.means()),
             ("All cases", self.table()),
+            ("Behind torch.nn", self.behind()),
             ("One step of one sequence, in microseconds", self.floors()),
             ("A training step in a compiled graph, in microseconds", self.compiled()),
             ("Odd shapes", self.odd_shapes()),
@@ -372,21 +389,25 @@ class Report:
             + "\n"
         )
 
-    def summary(self) -> str:
-        columns = [(cell, which) for cell in CELLS[::-1] for which in PASSES[::-1]]
+    def pivot(self, shapes: Iterable[Shape], value: Callable[[Result], str]) -> list[str]:
+        """A row for each shape that was measured, a column for each cell and pass."""
         lines = [
-            "| (T, B, I, H) | " + " | ".join(f"{c} {w}" for c, w in columns) + " |",
-            "|---|" + "---:|" * len(columns),
+            "| (T, B, I, H) | " + " | ".join(f"{c} {w}" for c, w in COLUMNS) + " |",
+            "|---|" + "---:|" * len(COLUMNS),
         ]
-        for shape in README_SHAPES:
-            found = [self.find(c, w, shape) for c, w in columns]
-            lines.append(f"| {shape} | {' | '.join(map(times, found))} |")
-        grids = [self.grid(c, w, EVEN) for c, w in columns]
+        for shape in shapes:
+            found = [self.find(c, w, shape) for c, w in COLUMNS]
+            if any(found):
+                lines.append(f"| {shape} | {' | '.join(value(r) if r else '' for r in found)} |")
+        return lines
+
+    def summary(self) -> str:
+        lines = self.pivot(README_SHAPES, lambda r: times(r.ratios["torch.nn"]))
+        grids = [self.grid(c, w, EVEN) for c, w in COLUMNS]
         if any(len(grid) != len(EVEN) for grid in grids):
             raise ValueError("the README shows runs of all cases only")
-        means = [f"{geometric_mean([r.ratios['torch.nn'] for r in g]):.2f}x" for g in grids]
-        lines.append(f"| mean of {len(EVEN)} | {' | '.join(means)} |")
-        return "\n".join(lines)
+        means = [times(geometric_mean([r.ratios["torch.nn"] for r in g])) for g in grids]
+        return "\n".join([*lines, f"| mean of {len(EVEN)} | {' | '.join(means)} |"])
 
     # Plots
 
@@ -525,10 +546,7 @@ def spread(results: list[Result]) -> float:
     )
 
 
-def times(r: Result | None) -> str:
-    if r is None:
-        return ""
-    ratio = r.ratios["torch.nn"]
+def times(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio >= 1 else f"**{ratio:.2f}x**"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -218,6 +219,27 @@ def test_a_trace(mode: str) -> None:
     for T, B in SIZES:
         x = torch.randn(T, B, 3)
         assert_close(gradients(m, traced, x), gradients(m, m, x))
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("step", [False, True], ids=["layer", "cell"])
+def test_a_trace_has_the_state(step: bool, mode: str, dtype: torch.dtype) -> None:
+    m = (STEPS if step else LAYERS)[mode][0](3, 4, dtype=dtype)
+
+    def run(f: Any, state: Any, x: Tensor) -> Tensor:
+        return torch.cat([t.flatten() for t in tree_leaves(f(x, state))])
+
+    traced: Any = None
+    for T, B in SIZES:
+        x, h = torch.randn(T, B, 3, dtype=dtype), torch.randn(1, B, 4, dtype=dtype)
+        if step:
+            x, h = x[0], h[0]
+        state = (h, h / 2) if mode == "LSTM" else h
+        traced = traced or torch.jit.trace(m, (x, state))
+        found, expected = (gradients(m, partial(run, f, state), x) for f in (traced, m))
+        for a, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("packed", [False, True])
