@@ -212,6 +212,30 @@ def test_an_exported_program_runs_in_another_process(tmp_path: Any) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.heavy
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="this torch does not say that it exports"
+)
+def test_an_exported_program_is_compiled_ahead_of_time(tmp_path: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model("LSTM", bias=False, batch_first=True)
+            self.cell = fastrnn.GRUCell(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.cell(self.layers(x)[:, -1])
+
+    m, dim = Model(), torch.export.Dim
+    shapes = {0: dim("batch", min=2, max=1000), 1: dim("time", min=2, max=1000)}
+    program = torch.export.export(m, (torch.randn(2, 5, 3),), dynamic_shapes=(shapes,))
+    file = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/model.pt2")
+    run = torch._inductor.aoti_load_package(file)
+    for T, B in SIZES[:2]:
+        x = torch.randn(B, T, 3)
+        assert_close(run(x), m(x).detach())
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_trace(mode: str) -> None:
     m, x = model(mode), torch.randn(5, 2, 3)
@@ -384,12 +408,13 @@ def test_onnx_has_the_layout_and_the_state(mode: str) -> None:
 
 
 @onnx_export
-@needs_dynamo_exporter
+@pytest.mark.parametrize("dynamo", dynamo)
 @pytest.mark.parametrize("mode", MODES)
-def test_onnx_has_a_cell_as_one_step(mode: str) -> None:
+def test_onnx_has_a_cell_as_one_step(mode: str, dynamo: bool) -> None:
+    """Or in products and gates, by the exporter that traces, as torch.nn's."""
     m = STEPS[mode][0](3, 4)
-    operators, session = exported(m, torch.randn(2, 3), True)
-    assert operators.count(mode.split("_")[0]) == 1
+    operators, session = exported(m, torch.randn(2, 3), dynamo)
+    assert operators.count(mode.split("_")[0]) == dynamo
     x = torch.randn(7, 3)
     assert_close(
         list(map(torch.from_numpy, session.run(None, {"x": x.numpy()}))), tree_leaves(m(x))
@@ -404,6 +429,7 @@ def test_onnx_has_a_cell_as_one_step(mode: str) -> None:
         ("lengths", False),
         pytest.param("packed", True, marks=needs_dynamo_exporter),
         pytest.param("lengths", True, marks=needs_dynamo_exporter),
+        ("projected", False),
         pytest.param("projected", True, marks=needs_dynamo_exporter),
     ],
 )

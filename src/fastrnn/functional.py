@@ -179,6 +179,7 @@ def _pick(
 ) -> Backend | Stacks:
     if recording():
         if onnx.exporting():
+            onnx.check(weights[0][0])
             # A trace has torch's operators, of which its exporter knows the ONNX ones.
             traced = tracing() or not onnx.knows(cell)
             return cast("Backend | Stacks", load("torch" if traced else "reference"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrnn.cells import Cell, State, Weights
 
-__all__ = ["exporting", "knows", "layer"]
+__all__ = ["check", "exporting", "knows", "layer"]
 
 # ONNX's order of the gates by cells.py's names, and what else sets a node apart.
 _GATES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "zrn", "LSTM": "iofg"}
@@ -34,16 +34,19 @@ def knows(cell: Cell) -> bool:
     return cell.mode in _GATES and hasattr(torch.onnx, "ops")
 
 
-def layer(
-    cell: Cell, x: Tensor, weights: Sequence[Weights], state: State | None
-) -> tuple[Tensor, State]:
-    """As :func:`fastrnn.autograd.layer`.
-
+def check(weights: Weights) -> None:
+    """
     Raises:
         RuntimeError: the layer is projected, which ONNX does not know.
     """
-    if weights[0][4] is not None:
+    if weights[4] is not None:
         raise RuntimeError("ONNX has no operator for an LSTM with projections (proj_size)")
+
+
+def layer(
+    cell: Cell, x: Tensor, weights: Sequence[Weights], state: State | None
+) -> tuple[Tensor, State]:
+    """As :func:`fastrnn.autograd.layer`."""
     if x.dim() == 2:  # a step of a cell
         given = None if state is None else tuple(s.unsqueeze(0) for s in state)
         _, final = layer(cell, x.unsqueeze(0), weights, given)

@@ -69,12 +69,15 @@ def layer(
     if onnx.exporting():
         return onnx.layer(cell, x, weights, state)
     _, w_hh, b_ih, _, w_hr = weights[0]
-    if batch_sizes is not None and state is None:
+    H, P = w_hh.shape[0] // len(cell.gates), w_hh.shape[1]
+    if state is None and batch_sizes is not None:
         # Nothing else tells how many sequences there are, without a look at numbers. A trace is to
         # look itself.
         sequences = batch_sizes[0] if tracing() else batch
-        H, P = w_hh.shape[0] // len(cell.gates), w_hh.shape[1]
         state = cell.zero_state(x, (len(weights), sequences), H, P)
+    elif state is None and exporting():
+        # AOTInductor cannot pass on a list of nothing.
+        state = cell.zero_state(x, (len(weights), batch) if x.dim() == 3 else (batch,), H, P)
     there = [w for w in chain(*weights) if w is not None]
     out, _, *final = torch.ops.fastrnn.layer(
         backend,
