@@ -373,7 +373,7 @@ def test_other_dtypes(mode: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("with_hx", [False, True])
 @pytest.mark.parametrize(
     "given",
-    [[3, 6, 1, 6], torch.tensor([0, 4, 2, 0]), torch.zeros(4, dtype=torch.int32), (5, 5, 5, 5)],
+    [[3, 6, 1, 6], torch.tensor([0, 4, 2, 0]), torch.zeros(4, dtype=torch.uint16), (5, 5, 5, 5)],
     ids=str,
 )
 @pytest.mark.parametrize("mode", MODES)
@@ -446,6 +446,8 @@ def test_lengths_of_no_steps_or_sequences() -> None:
         ("ab", TypeError, "integers"),
         ([2**70, 1], TypeError, "integers"),
         (torch.ones(2, dtype=torch.complex128), TypeError, "integers"),
+        (torch.ones(2, dtype=torch.int64, device="meta"), TypeError, "got a meta tensor"),
+        (torch.ones(2, dtype=torch.int64).to_sparse(), TypeError, "got a tensor of torch.sparse"),
     ],
 )
 def test_wrong_lengths(lengths: Any, error: type[Exception], message: str) -> None:

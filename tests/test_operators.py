@@ -180,11 +180,31 @@ def test_transforms_are_compiled(name: str) -> None:
     assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
 
 
-def test_a_packed_batch_breaks_the_graph_and_is_right() -> None:
-    m = fastrnn.GRU(3, 4)
-    packed = pack_padded_sequence(torch.randn(5, 3, 3), torch.tensor([5, 3, 2]))
-    compiled = torch.compile(m, backend="aot_eager")
-    assert_close(compiled(packed)[0].data, m(packed)[0].data)
+@pytest.mark.parametrize("packed", [False, True])
+def test_lengths_break_the_graph_and_are_right(packed: bool) -> None:
+    """Once, whatever the lengths."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = fastrnn.GRU(3, 4)
+
+        def forward(self, x: Tensor, lengths: Any) -> Tensor:
+            if packed:
+                return self.gru(PackedSequence(x.flatten(0, 1)[:7], lengths))[0].data.exp()
+            return self.gru(x.sin(), lengths=lengths)[0].exp()
+
+    m, counter = Model(), torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(m, backend=counter)
+    for lengths in ([5, 0, 2], [1, 3, 4], [2, 2, 2]):
+        n = torch.tensor([3, 3, 1]) if packed else lengths
+        x = torch.randn(5, 3, 3)
+        assert_close(
+            gradients(m, lambda x, n=n: compiled(x, n), x), gradients(m, lambda x, n=n: m(x, n), x)
+        )
+    assert counter.frame_count == 2
+    with pytest.raises(Exception, match="compiled for padded inputs without lengths"):
+        torch.compile(m, backend="eager", fullgraph=True)(x, n)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -264,6 +284,22 @@ def test_a_trace_has_the_state(step: bool, mode: str, dtype: torch.dtype) -> Non
         found, expected = (gradients(m, partial(run, f, state), x) for f in (traced, m))
         for a, e in zip(found, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+def test_a_trace_refuses_what_the_module_would() -> None:
+    """Its checks are not recorded. A layer is no step of a cell, nor the other way round."""
+    layer = torch.jit.trace(fastrnn.GRU(3, 4), (torch.randn(5, 2, 3),))
+    cell = torch.jit.trace(fastrnn.GRUCell(3, 4), (torch.randn(2, 3),))
+    for f, sizes, message in (
+        (layer, (5, 3), "input of 3 dimensions, as recorded, got 2"),
+        (layer, (2, 5, 2, 3), "got 4"),
+        (layer, (0, 2, 3), "sequence length to be larger than 0"),
+        (layer, (5, 2, 4), "weight_ih: expected"),
+        (cell, (5, 2, 3), "got 4"),
+        (cell, (3,), "got 2"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            f(torch.randn(sizes))
 
 
 @pytest.mark.parametrize("packed", [False, True])

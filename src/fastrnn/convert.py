@@ -44,7 +44,7 @@ def convert(model: Model) -> Model:
 
     Warns:
         UserWarning: names what cannot be converted: subclasses, whose methods may rely on torch's
-            own, and what ``torch.jit.script`` has compiled.
+            own, and what ``torch.jit`` has compiled or traced.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -94,7 +94,7 @@ def _exchanged(model: Model, classes: dict[type[nn.Module], type[nn.Module]], ve
             _become(module, classes[own])
         elif isinstance(module, torch.jit.ScriptModule):
             if module.original_name in (c.__name__ for c in classes):
-                why = "was compiled by torch.jit.script"
+                why = "was compiled or traced by torch.jit"
         elif isinstance(module, ours):
             if classes is _THEIRS:
                 why = "is a subclass, or has a cell that torch lacks"

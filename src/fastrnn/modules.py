@@ -8,10 +8,11 @@ False.
 from __future__ import annotations
 
 import numbers
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -212,11 +213,13 @@ class RNNBase(nn.RNNBase):
         if isinstance(input, fx.Proxy):
             return _leaf(self, input, hx, lengths)
         if lengths is not None:
-            return self._forward_lengths(input, hx, lengths)
+            _check_no_export()
+            return _eagerly(RNNBase._forward_lengths, self, input, hx, lengths)
+        if isinstance(input, PackedSequence):
+            _check_no_export()
+            return _eagerly(RNNBase._forward_packed, self, input, hx)
         cell = self._cell
         weights = self._weights()
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(cell, weights, input, hx)
         self._check_dimensions(input)
         dim = input.dim()
         state = None if hx is None else self._check_rank(cell, hx, dim)
@@ -241,10 +244,8 @@ class RNNBase(nn.RNNBase):
             output = output.transpose(0, 1)
         return output, final if len(final) > 1 else final[0]
 
-    def _forward_packed(
-        self, cell: Cell, weights: list[list[Weights]], input: PackedSequence, hx: Any
-    ) -> tuple[PackedSequence, Any]:
-        _check_no_export()
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        cell, weights = self._cell, self._weights()
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if (dim := _rank(data, "a PackedSequence of a Tensor")) != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {dim}")
@@ -269,7 +270,6 @@ class RNNBase(nn.RNNBase):
 
     def _forward_lengths(self, input: Any, hx: Any, lengths: Any) -> tuple[Tensor, Any]:
         """A padded batch, of which sequences without a step keep their state."""
-        _check_no_export()
         if tracing():
             raise RuntimeError(
                 "torch.jit.trace: expected an input without lengths, whose numbers the trace would "
@@ -413,6 +413,29 @@ def _check_no_export() -> None:
         )
 
 
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def _eagerly(
+    method: Callable[_Parameters, _Result], *args: _Parameters.args, **kwargs: _Parameters.kwargs
+) -> _Result:
+    """What ``torch.compile`` calls as it is, since its graphs would hold for some lengths only."""
+    if "torch._dynamo" not in sys.modules:
+        return method(*args, **kwargs)
+    if method not in _uncompiled:
+        _uncompiled[method] = torch.compiler.disable(method)
+    return cast(_Result, _uncompiled[method](*args, **kwargs))
+
+
+_uncompiled: dict[Callable[..., Any], Any] = {}
+# As torch.compiler.disable, which imports the compiler.
+_eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]
+_eagerly._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "fastrnn's layers are compiled for padded inputs without lengths"
+)
+
+
 def _leaf(module: nn.Module, input: fx.Proxy, *args: Any) -> fx.Proxy:
     """A call of the module in a graph of torch.fx, which looks into all but torch.nn's.
 
@@ -469,24 +492,24 @@ def _checked_lengths(lengths: Any, T: int, B: int) -> Tensor:
         raise TypeError(f"expected lengths to be a tensor or a list of integers: {error}") from None
     if transformed():
         counts = unwrapped("lengths", counts)
-    counts = counts.cpu()
-    whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    if counts.numel() and counts.dtype not in whole:
-        raise TypeError(f"expected lengths of integers, got {counts.dtype}")
+    if counts.is_meta or counts.layout is not torch.strided:
+        got = "a meta tensor" if counts.is_meta else f"a tensor of {counts.layout}"
+        raise TypeError(f"expected lengths with numbers in a row, got {got}")
+    dtype = counts.dtype
+    if counts.numel() and (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
+        raise TypeError(f"expected lengths of integers, got {dtype}")
     if counts.shape != (B,):
         raise ValueError(f"expected lengths of shape [{B}], got {list(counts.shape)}")
+    counts = counts.to("cpu", torch.int64)
     if B and not 0 <= int(counts.min()) <= int(counts.max()) <= T:
         raise ValueError(f"expected lengths from 0 to {T}, got {counts.tolist()}")
-    return counts.long()
+    return counts
 
 
 def _permute(state: State, permutation: Tensor | None) -> State:
     if permutation is None:
         return state
     return tuple(s.index_select(1, permutation) for s in state)
-
-
-_Parameters = ParamSpec("_Parameters")
 
 
 def _without_mode(

@@ -47,11 +47,6 @@ def layer(
     cell: Cell, x: Tensor, weights: Sequence[Weights], state: State | None
 ) -> tuple[Tensor, State]:
     """As :func:`fastrnn.autograd.layer`."""
-    if x.dim() == 2:  # a step of a cell
-        given = None if state is None else tuple(s.unsqueeze(0) for s in state)
-        _, final = layer(cell, x.unsqueeze(0), weights, given)
-        final = tuple(s.squeeze(0) for s in final)
-        return final[0], final
     T, B, _ = x.shape
     D, H = len(weights), weights[0][1].shape[1]
     w_ih, w_hh, b_ih, b_hh, _ = zip(*weights, strict=True)

@@ -66,6 +66,12 @@ def layer(
     save: bool,
 ) -> tuple[Tensor, State]:
     """As :func:`fastrnn.autograd.layer`; ``save`` if a gradient may be asked for."""
+    if batch_sizes is None and x.dim() == 2:
+        # A cell's step is a layer of one, so that what was recorded of a layer never is a step.
+        state = None if state is None else tuple(s.unsqueeze(0) for s in state)
+        _, final = layer(backend, cell, x.unsqueeze(0), weights, state, None, batch, save)
+        final = tuple(s.squeeze(0) for s in final)
+        return final[0], final
     if onnx.exporting():
         return onnx.layer(cell, x, weights, state)
     _, w_hh, b_ih, _, w_hr = weights[0]
@@ -77,7 +83,7 @@ def layer(
         state = cell.zero_state(x, (len(weights), sequences), H, P)
     elif state is None and exporting():
         # AOTInductor cannot pass on a list of nothing.
-        state = cell.zero_state(x, (len(weights), batch) if x.dim() == 3 else (batch,), H, P)
+        state = cell.zero_state(x, (len(weights), batch), H, P)
     there = [w for w in chain(*weights) if w is not None]
     out, _, *final = torch.ops.fastrnn.layer(
         backend,
@@ -94,7 +100,7 @@ def layer(
 
 
 def _batch(x: Tensor, state: Sequence[Tensor], batch_sizes: Tensor | None) -> int:
-    return x.shape[-2] if batch_sizes is None else state[0].shape[1]
+    return x.shape[1] if batch_sizes is None else state[0].shape[1]
 
 
 def _directions(weights: Sequence[Tensor], bias: bool, projected: bool) -> list[Weights]:
@@ -113,6 +119,15 @@ def _refuse_tangents() -> None:
         raise RuntimeError("a recorded layer of fastrnn's has no forward mode")
 
 
+def _check_input(x: Tensor, batch_sizes: Tensor | None) -> None:
+    """What the module checks, whose checks are not recorded."""
+    D = 3 if batch_sizes is None else 2
+    if x.dim() != D:
+        raise RuntimeError(f"expected an input of {D} dimensions, as recorded, got {x.dim()}")
+    if batch_sizes is None and len(x) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
+
+
 def _run(
     backend: str,
     mode: str,
@@ -125,6 +140,7 @@ def _run(
     save: bool,
 ) -> list[Tensor]:
     _refuse_tangents()
+    _check_input(x, batch_sizes)
     out, final, saved = cast(Backend, load(backend)).forward(
         CELLS[mode],
         x.contiguous(),
@@ -134,8 +150,6 @@ def _run(
         _batch(x, state, batch_sizes),
         save=save,
     )
-    # A step's h is its output too, and results of an operator are different tensors.
-    final = tuple(s.clone() if s is out else s for s in final)
     return [out, x.new_empty(0) if saved is None else saved, *final]
 
 
@@ -153,16 +167,15 @@ def _shapes(
     cell, D = CELLS[mode], len(_directions(weights, bias, projected))
     rows, P = weights[1].shape
     H = rows // len(cell.gates)
-    directions = (D,) if x.dim() == 3 or batch_sizes is not None else ()
     saved = x.new_empty(0)
     if save:
         module = cast(Backend, load(backend))
         units = -(-H // module.MULTIPLE) * module.MULTIPLE
-        N = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
+        N = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
         dtype = torch.float32 if module.WIDE and x.dtype.itemsize == 2 else x.dtype
         saved = x.new_empty(D, N, cell.saved_slots(projected), units, dtype=dtype)
     batch = _batch(x, state, batch_sizes)
-    final = [x.new_empty(*directions, batch, H if k else P) for k in cell.state_range]
+    final = [x.new_empty(D, batch, H if k else P) for k in cell.state_range]
     return [x.new_empty(*x.shape[:-1], D * P), saved, *final]
 
 
