@@ -203,7 +203,8 @@ def test_lengths_break_the_graph_and_are_right(packed: bool) -> None:
             gradients(m, lambda x, n=n: compiled(x, n), x), gradients(m, lambda x, n=n: m(x, n), x)
         )
     assert counter.frame_count == 2
-    with pytest.raises(Exception, match="compiled for padded inputs without lengths"):
+    # Where torch does not print the reason (2.6), it names the function.
+    with pytest.raises(Exception, match="compiled for padded inputs without lengths|_eagerly"):
         torch.compile(m, backend="eager", fullgraph=True)(x, n)
 
 
