@@ -53,6 +53,7 @@ LAYERS = [
     "dispatch",
     "backends",
     "kernels",
+    "checks",
     "cells",
     "rows",
     "_cpp",

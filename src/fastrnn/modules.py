@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import functional, onnx
 from fastrnn.autograd import transformed, unwrapped
 from fastrnn.cells import CELLS, Cell, State, Weights
+from fastrnn.checks import check_batch_sizes, check_like
 from fastrnn.dispatch import Choice, choose
 from fastrnn.operators import exporting, tracing
 from fastrnn.rows import live
@@ -253,7 +254,7 @@ class RNNBase(nn.RNNBase):
         state = None
         if hx is not None:
             state = self._check_rank(cell, hx, 3)
-            self._check_state(cell, state, functional.check_batch_sizes(batch_sizes, len(data)))
+            self._check_state(cell, state, check_batch_sizes(batch_sizes, len(data)))
             state = _permute(state, sorted_indices)
         output, final = functional.rnn(
             cell,
@@ -283,14 +284,14 @@ class RNNBase(nn.RNNBase):
         counts = _checked_lengths(lengths, T, B)
         self._check_input(input, weights[0][0][0])
         # Nothing below checks what belongs to sequences without a step.
-        functional.check_like("input", input, input)
+        check_like("input", input, input)
         dtype = functional.autocast_dtype(input)
         state = None
         if hx is not None:
             state = self._check_rank(cell, hx, 3)
             self._check_state(cell, state, B)
             for s in () if dtype else state:
-                functional.check_like("initial state", s, input)
+                check_like("initial state", s, input)
         P, H, D = self.proj_size or self.hidden_size, self.hidden_size, 1 + bool(self.bidirectional)
         rows = input.flatten(0, 1)
         final = state or cell.zero_state(input, (self.num_layers * D, B), H, P)
@@ -318,7 +319,7 @@ class RNNBase(nn.RNNBase):
                 if t is None:
                     continue
                 if not dtype:
-                    functional.check_like("weights", t, input)
+                    check_like("weights", t, input)
                 output = output + t.flatten()[:0].sum().to(output.dtype)
         output = output.unflatten(0, input.shape[:2])
         return output, final if len(final) > 1 else final[0]

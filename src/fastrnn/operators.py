@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from fastrnn import onnx
 from fastrnn.backends import Backend
 from fastrnn.cells import CELLS, Cell, State, Weights
+from fastrnn.checks import check_batch_sizes, check_layer
 from fastrnn.dispatch import load
 
 __all__ = ["exporting", "layer", "recording", "tracing"]
@@ -119,15 +120,6 @@ def _refuse_tangents() -> None:
         raise RuntimeError("a recorded layer of fastrnn's has no forward mode")
 
 
-def _check_input(x: Tensor, batch_sizes: Tensor | None) -> None:
-    """What the module checks, whose checks are not recorded."""
-    D = 3 if batch_sizes is None else 2
-    if x.dim() != D:
-        raise RuntimeError(f"expected an input of {D} dimensions, as recorded, got {x.dim()}")
-    if batch_sizes is None and len(x) == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
-
-
 def _run(
     backend: str,
     mode: str,
@@ -140,15 +132,19 @@ def _run(
     save: bool,
 ) -> list[Tensor]:
     _refuse_tangents()
-    _check_input(x, batch_sizes)
-    out, final, saved = cast(Backend, load(backend)).forward(
-        CELLS[mode],
-        x.contiguous(),
-        _directions(weights, bias, projected),
-        tuple(state) or None,
-        batch_sizes,
-        _batch(x, state, batch_sizes),
-        save=save,
+    # What was checked when the layer was recorded need not hold now.
+    D = 3 if batch_sizes is None else 2
+    if x.dim() != D:
+        raise RuntimeError(f"expected an input of {D} dimensions, as recorded, got {x.dim()}")
+    batch = x.shape[1] if batch_sizes is None else check_batch_sizes(batch_sizes, len(x))
+    if len(x) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
+    directions, initial = _directions(weights, bias, projected), tuple(state) or None
+    module = cast(Backend, load(backend))
+    if not module.CHECKS or x.dtype.itemsize == 2:
+        check_layer(CELLS[mode], x, directions, initial, batch_sizes, batch)
+    out, final, saved = module.forward(
+        CELLS[mode], x.contiguous(), directions, initial, batch_sizes, batch, save=save
     )
     return [out, x.new_empty(0) if saved is None else saved, *final]
 
