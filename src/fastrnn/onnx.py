@@ -35,9 +35,10 @@ def knows(cell: Cell) -> bool:
 
 
 def check(weights: Weights) -> None:
-    """
+    """Refuse what ONNX does not know, for either exporter.
+
     Raises:
-        RuntimeError: the layer is projected, which ONNX does not know.
+        RuntimeError: the layer is projected.
     """
     if weights[4] is not None:
         raise RuntimeError("ONNX has no operator for an LSTM with projections (proj_size)")
