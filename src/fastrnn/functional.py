@@ -230,7 +230,6 @@ def _layer(
     try:
         return layer(run, cell, x.contiguous(), weights, state, batch_sizes, batch)
     except (ValueError, IndexError):
-        check_layer(
-            cell, x, weights, state, batch_sizes, batch
-        )  # says it in the words of our caller
+        # It says it in the words of our caller.
+        check_layer(cell, x, weights, state, batch_sizes, batch)
         raise

@@ -8,7 +8,6 @@ False.
 from __future__ import annotations
 
 import numbers
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -422,7 +421,9 @@ def _eagerly(
     method: Callable[_Parameters, _Result], *args: _Parameters.args, **kwargs: _Parameters.kwargs
 ) -> _Result:
     """What ``torch.compile`` calls as it is, since its graphs would hold for some lengths only."""
-    if "torch._dynamo" not in sys.modules:
+    # To switch the compiler off takes long beside a short layer, and mostly nobody compiles.
+    compiling = torch.compiler.is_dynamo_compiling()
+    if not compiling and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:
         return method(*args, **kwargs)
     if method not in _uncompiled:
         _uncompiled[method] = torch.compiler.disable(method)

@@ -133,9 +133,9 @@ def _run(
 ) -> list[Tensor]:
     _refuse_tangents()
     # What was checked when the layer was recorded need not hold now.
-    D = 3 if batch_sizes is None else 2
-    if x.dim() != D:
-        raise RuntimeError(f"expected an input of {D} dimensions, as recorded, got {x.dim()}")
+    rank = 3 if batch_sizes is None else 2
+    if x.dim() != rank:
+        raise RuntimeError(f"expected an input of {rank} dimensions, as recorded, got {x.dim()}")
     batch = x.shape[1] if batch_sizes is None else check_batch_sizes(batch_sizes, len(x))
     if len(x) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
