@@ -82,7 +82,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "engine": engine(config),
         "seconds": config.getoption("--seconds"),
-        "import": import_milliseconds(),
+        "import": import_milliseconds() if device_name(config) == "cpu" else None,
         "probe": {str(n): found for n, found in config.stash[PROBES].items()},
     }
 

@@ -177,12 +177,15 @@ class Report:
             f"{self.ours['torch_isa']}; {self.ours['engine']}"
             + ("; other processes keep all cores busy" if self.ours["busy"] else ""),
             f"- Python {self.machine['python_version']}, {versions}; commit {commit}",
-            f"- `import fastrnn` adds {self.ours['import']:.0f} ms to `import torch`, the median "
-            "of ten processes",
             f"- {self.ours['seconds']:g} s a case, of at least "
             f"{min(r.rounds for r in self.results)} rounds; in the median case the middle half "
             f"of the ratios to torch.nn spans {100 * spread(self.results):.0f} % of their median",
         ]
+        if self.ours["import"]:
+            lines.append(
+                f"- `import fastrnn` adds {self.ours['import']:.0f} ms to `import torch`, the "
+                "median of ten processes"
+            )
         for threads, probe in self.ours["probe"].items():
             if probe:
                 lines.append(

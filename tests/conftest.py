@@ -38,6 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from fastrnn.cells import CELLS
     from fastrnn.dispatch import BACKENDS, load
 
+    device = torch.device("cuda" if os.environ.get("FASTRNN_TEST_GPU") == "1" else "cpu")
     for item in items:
         parameters = getattr(item, "callspec", None) and item.callspec.params
         if not parameters or parameters.get("backend") not in BACKENDS:
@@ -45,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         mode = parameters.get("mode") or getattr(parameters.get("case"), "mode", None)
         backend = load(parameters["backend"])
         if mode in CELLS and backend.missing() is None:
-            why = backend.refuses(CELLS[mode], torch.float32, torch.device("cpu"))
+            why = backend.refuses(CELLS[mode], torch.float32, device)
             if why:
                 item.add_marker(pytest.mark.skip(reason=why))
 

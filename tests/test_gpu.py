@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
-from cases import Case, assert_equal, assert_near_in_norm, data, evaluate, ours
+from cases import LAYERS, STEPS, Case, assert_equal, assert_near_in_norm, data, evaluate, ours
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 import fastrnn
 from fastrnn.kernels.triton import plans
@@ -27,25 +34,23 @@ MOST = {
 HIDDEN = (1, 33, 64, 100, 128, 200, 256, 512, 700, 1024, 2048)
 
 
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """How float32 is multiplied in the block, by torch's RNNs and in all else."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [b.allow_tf32 for b in backends]
+    for b in backends:
+        b.allow_tf32 = precision == "tf32"
+    yield
+    for b, allowed in zip(backends, before, strict=True):
+        b.allow_tf32 = allowed
+
+
 @pytest.fixture(params=MOST, ids=lambda key: f"{key[0]}-{key[1]}")
 def kind(request: pytest.FixtureRequest) -> Iterator[tuple[torch.dtype, float]]:
-    """A dtype and how far results may be off, with cuDNN's RNNs set to compute so."""
-    products, dtype = request.param
-    rnn = getattr(torch.backends.cudnn, "rnn", None)
-    rnn = rnn if hasattr(rnn, "fp32_precision") else None  # since torch 2.9
-    before = rnn.fp32_precision if rnn else torch.backends.cudnn.allow_tf32
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    if rnn:
-        rnn.fp32_precision = products
-    else:
-        torch.backends.cudnn.allow_tf32 = products == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = products == "tf32"
-    yield dtype, MOST[request.param]
-    torch.backends.cuda.matmul.allow_tf32 = matmul
-    if rnn:
-        rnn.fp32_precision = before
-    else:
-        torch.backends.cudnn.allow_tf32 = before
+    """A dtype and how far results may be off, with products that are so exact."""
+    with products(request.param[0]):
+        yield request.param[1], MOST[request.param]
 
 
 def judged(case: Case, dtype: torch.dtype, most: float) -> None:
@@ -144,3 +149,202 @@ def test_the_automatic_choice() -> None:
     architecture = fastrnn.dispatch.load("triton")._architecture(torch.cuda.current_device())
     expected = "triton" if architecture in plans.LIMITS else "torch"
     assert f"{expected}" in str(chosen)
+
+
+# What a GPU computes of a layer, and the CPU in float64.
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    with products("ieee"):
+        yield
+
+
+def pair(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A module on the GPU, and its copy that judges it."""
+    return copy.deepcopy(module).to(DEVICE), module.double()
+
+
+def assert_close(actual: Any, judge: Any, most: float = 1e-5) -> None:
+    for a, e in zip(tree_leaves(actual), tree_leaves(judge), strict=True):
+        assert a.is_cuda
+        assert (a.cpu().double() - e).norm() <= most * e.norm()
+
+
+def trained(m: nn.Module, x: Tensor, run: Callable[..., Any] | None = None, **more: Any) -> Any:
+    """All outputs, and the gradients of the input and the parameters."""
+    x = x.clone().requires_grad_()
+    outputs = tree_leaves((m if run is None else run)(x, **more))
+    outputs = [y for y in outputs if isinstance(y, Tensor) and y.is_floating_point()]
+    loss = torch.stack([y.float().square().sum() for y in outputs]).sum()
+    return outputs, torch.autograd.grad(loss, [x, *m.parameters()])
+
+
+def exactly(judge: nn.Module, x: Tensor, **more: Any) -> Any:
+    """As :func:`trained`, on the CPU in float64."""
+    with fastrnn.use_backend("reference"):
+        return trained(judge, x.cpu().double(), **more)
+
+
+def stacks(mode: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return pair(LAYERS[mode][0](20, 64, num_layers=2, bidirectional=True))
+
+
+@pytest.mark.parametrize("backend", ("triton", None))
+@pytest.mark.parametrize("mode", LAYERS)
+def test_compiled_and_exported(mode: str, backend: str | None, exact: None) -> None:
+    """Also where eager layers are torch's own operators."""
+    m, judge = stacks(mode)
+    dim = torch.export.Dim
+    shapes = {0: dim("time", min=2, max=1000), 1: dim("batch", min=2, max=1000)}
+    torch._dynamo.reset()
+    with fastrnn.use_backend(backend):
+        compiled = torch.compile(m, fullgraph=True, dynamic=True)
+        x = torch.randn(5, 3, 20, device=DEVICE)
+        program = torch.export.export(m, (x,), dynamic_shapes=(shapes,)).module()
+        for T, B in ((7, 5), (4, 19)):
+            x = torch.randn(T, B, 20, device=DEVICE)
+            expected = exactly(judge, x)
+            assert_close(trained(m, x, compiled), expected)
+            with torch.no_grad():
+                assert_close(compiled(x), expected[0])
+                assert_close(program(x), expected[0])
+
+
+@pytest.mark.parametrize("mode", LAYERS)
+def test_operators_are_what_torch_expects(mode: str) -> None:
+    from test_operators import Calls
+
+    m, _ = stacks(mode)
+    with Calls() as seen, fastrnn.use_backend("triton"):
+        trained(m, torch.randn(5, 3, 20, device=DEVICE))
+    assert {op._opname for op, _ in seen.calls} == {"layer", "reverse"}
+    for op, args in seen.calls:
+        first = op._opname == "layer"  # the reverse has no derivative to be recorded
+        leaves = tree_map_only(
+            Tensor, lambda t, f=first: t.detach().requires_grad_(f and t.is_floating_point()), args
+        )
+        torch.library.opcheck(op, leaves)
+
+
+def _squares(m: nn.Module, x: Tensor) -> Tensor:
+    return sum((y.square().sum() for y in tree_leaves(m(x))), x.new_zeros(()))
+
+
+def _sample(m: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    return functional_call(m, parameters, (x,))[0].square().sum()
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "jvp": lambda m, x: jvp(lambda x: m(x)[0], (x,), (x.cos(),)),
+    "jacrev": lambda m, x: jacrev(lambda x: m(x)[0])(x),
+    "jacfwd": lambda m, x: jacfwd(lambda x: m(x)[0])(x),
+    "hessian": lambda m, x: hessian(lambda x: _squares(m, x))(x),
+    "double backward": lambda m, x: grad(lambda x: grad(lambda x: _squares(m, x))(x).sin().sum())(
+        x
+    ),
+    "vmap": lambda m, x: vmap(lambda x: m(x)[0])(torch.stack([x, x.cos()])),
+    "per-sample gradients": lambda m, x: vmap(
+        grad(lambda p, x: _sample(m, p, x)), in_dims=(None, 1)
+    )({n: p.detach() for n, p in m.named_parameters()}, x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("mode", LAYERS)
+def test_transforms(mode: str, name: str, exact: None) -> None:
+    torch.manual_seed(0)
+    m, judge = pair(LAYERS[mode][0](3, 33, bidirectional=True))
+    x = torch.randn(4, 2, 3)
+    with fastrnn.use_backend("triton"):
+        found = TRANSFORMS[name](m, x.to(DEVICE))
+    with fastrnn.use_backend("reference"):
+        assert_close(found, TRANSFORMS[name](judge, x.double()))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("mode", LAYERS)
+def test_autocast(mode: str, dtype: torch.dtype) -> None:
+    """Of all results the error is at most twice torch.nn's of that dtype.
+
+    Under autocast torch runs cuDNN in float16, whatever it was asked for.
+    """
+    m, judge = stacks(mode)
+    theirs = LAYERS[mode][1](20, 64, num_layers=2, bidirectional=True).to(DEVICE, dtype)
+    theirs.load_state_dict(m.state_dict())
+    x = torch.randn(6, 5, 20)
+    expected = tree_leaves(exactly(judge, x))
+
+    def error(found: Any) -> float:
+        pairs = zip(tree_leaves(found), expected, strict=True)
+        return sum(((a.cpu().double() - e).norm() / e.norm()).item() for a, e in pairs)
+
+    with fastrnn.use_backend("triton"), torch.autocast(DEVICE, dtype):
+        outputs, gradients = trained(m, x.to(DEVICE))
+    assert {y.dtype for y in outputs} == {dtype}
+    assert {g.dtype for g in gradients} == {F32}
+    assert error((outputs, gradients)) <= 2 * error(trained(theirs, x.to(DEVICE, dtype)))
+
+
+@pytest.mark.parametrize("backend", ("triton", None))
+@pytest.mark.parametrize("where", ("list", "cpu", DEVICE))
+@pytest.mark.parametrize("mode", LAYERS)
+def test_lengths(mode: str, where: str, backend: str | None, exact: None) -> None:
+    m, judge = stacks(mode)
+    x, lengths = torch.randn(7, 6, 20), [3, 0, 7, 1, 0, 5]
+    n = lengths if where == "list" else torch.tensor(lengths, device=where)
+    with fastrnn.use_backend(backend):
+        found = trained(m, x.to(DEVICE), lengths=n)
+    assert_close(found, exactly(judge, x, lengths=lengths))
+
+
+@pytest.mark.parametrize("mode", STEPS)
+def test_cells(mode: str, exact: None) -> None:
+    torch.manual_seed(0)
+    m, judge = pair(STEPS[mode][0](20, 64))
+    x = torch.randn(5, 20)
+    for backend in ("triton", "reference"):
+        with fastrnn.use_backend(backend):
+            found = trained(m, x.to(DEVICE))
+        assert_close(found, exactly(judge, x))
+
+
+def test_checkpoints_and_copies(monkeypatch: pytest.MonkeyPatch, exact: None) -> None:
+    # A checkpoint is computed again in a thread of autograd's, where no block holds.
+    monkeypatch.setattr(fastrnn.dispatch, "_environment", "triton")
+    m, judge = stacks("LSTM")
+    x = torch.randn(6, 5, 20)
+    expected = exactly(judge, x)
+    with torch.device("meta"):
+        other = fastrnn.LSTM(20, 64, num_layers=2, bidirectional=True)
+    other = other.to_empty(device=DEVICE)
+    other.load_state_dict(m.state_dict())
+    assert_close(trained(other, x.to(DEVICE)), expected)
+    again = trained(m, x.to(DEVICE), lambda x: checkpoint(m, x, use_reentrant=False))
+    assert_close(again, expected)
+    with torch.autograd.graph.save_on_cpu():
+        assert_close(trained(m, x.to(DEVICE)), expected)
+
+
+def test_a_model_of_torchs_is_converted(exact: None) -> None:
+    model = nn.ModuleDict({"rnn": nn.LSTM(20, 64, 2)}).to(DEVICE)
+    parameters = dict(model.named_parameters())
+    x = torch.randn(6, 5, 20, device=DEVICE)
+    expected = trained(model["rnn"], x)
+    fastrnn.convert(model)
+    assert type(model["rnn"]) is fastrnn.LSTM
+    assert all(parameters[n] is p for n, p in model.named_parameters())
+    with fastrnn.use_backend("triton"):
+        found = trained(model["rnn"], x)
+    for a, e in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert (a - e).norm() <= 1e-5 * e.norm()
+
+
+def test_what_is_elsewhere_is_refused() -> None:
+    m, x = fastrnn.GRU(20, 64, device=DEVICE), torch.randn(6, 5, 20)
+    with pytest.raises(RuntimeError, match=r"cpu.*cuda|cuda.*cpu"):
+        m(x)
+    with pytest.raises(RuntimeError, match=r"cpu.*cuda|cuda.*cpu"):
+        m(x.to(DEVICE), torch.zeros(1, 5, 64))

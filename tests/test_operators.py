@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastrnn
+from fastrnn import dispatch
 from fastrnn.cells import CELLS
 from fastrnn.dispatch import load
 
@@ -135,6 +136,42 @@ def test_what_a_training_has_is_compiled(mode: str, autocast: bool) -> None:
         found.append(gradients(m, lambda x, each=each: each(x, state), x))
     assert found[0][0].dtype is torch.bfloat16
     assert_close(found[1], found[0])
+
+
+def test_a_graph_has_layers_where_torchs_operators_run(
+    monkeypatch: pytest.MonkeyPatch, automatic: None
+) -> None:
+    """As on a GPU at sizes that cuDNN is faster at, or without C++ and Numba."""
+    for name in ("cpp", "numba"):
+        monkeypatch.setattr(load(name), "missing", lambda: "not here")
+    dispatch.sizes_matter.cache_clear()
+    dispatch._chosen.cache_clear()
+    try:
+        m, x = model("LSTM"), torch.randn(5, 2, 3)
+        assert fastrnn.explain(m.layers, x).backend == "torch"
+        expected = gradients(m, m, x)
+        compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+        assert_close(gradients(m, compiled, x), expected)
+        dim = torch.export.Dim
+        shapes = {0: dim("time", min=2, max=1000), 1: dim("batch", min=2, max=1000)}
+        program = torch.export.export(m, (x,), dynamic_shapes=(shapes,)).module()
+        x = torch.randn(9, 4, 3)
+        assert_close(program(x), m(x))
+        assert_close(torch.jit.trace(m, (x,), check_trace=False)(x[:4]), m(x[:4]))
+    finally:
+        dispatch.sizes_matter.cache_clear()
+        dispatch._chosen.cache_clear()
+
+
+def test_torchs_operators_are_not_compiled() -> None:
+    m, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    with fastrnn.use_backend("torch"):
+        expected = m(x)
+        with pytest.raises(Exception, match="torch does not compile its own recurrent operators"):
+            torch.compile(m, fullgraph=True, backend="eager")(x)
+        torch._dynamo.reset()
+        assert_close(torch.compile(m, backend="eager")(x), expected)
+        assert_close(torch.jit.trace(m, (x,))(x), expected)
 
 
 def test_sizes_that_change_compile_once() -> None:

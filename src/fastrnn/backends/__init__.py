@@ -66,7 +66,11 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Sizes(NamedTuple):
-    """What a choice of backend may depend on besides the cell, the dtype and the device."""
+    """What a choice of backend may depend on besides the cell, the dtype and the device.
+
+    ``recorded``: for a graph, which is to have a layer as one operator of ours, so that torch's own
+    operators are no alternative, however fast.
+    """
 
     layers: int
     directions: int
@@ -76,6 +80,7 @@ class Sizes(NamedTuple):
     proj_size: int = 0
     packed: bool = False
     one_step: bool = False
+    recorded: bool = False
 
 
 class Choosable(Protocol):
