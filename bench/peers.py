@@ -137,7 +137,8 @@ class Module:
         packed = case.packed and not self.padded
         more = {"lengths": problem.lengths} if self.padded else {}
 
-        def output(input: Any) -> Tensor:
+        def output() -> Tensor:
+            input = problem.pack(x) if packed else x  # batches come padded
             if self.backend:
                 with fastrnn.use_backend(self.backend):
                     result = module(input, hx, **more)
@@ -148,11 +149,10 @@ class Module:
             return result[0].data if packed else result[0]
 
         if not case.training:
-            input = problem.pack(x) if packed else x
 
             def infer() -> Any:
                 with torch.inference_mode():
-                    return [output(input)]
+                    return [output()]
 
             return infer
         leaves = [x, *problem.state, *module.parameters()]
@@ -163,7 +163,7 @@ class Module:
         def train() -> Any:
             for leaf in leaves:
                 leaf.requires_grad_()
-            y = output(problem.pack(x) if packed else x)
+            y = output()
             return [y, *torch.autograd.grad(y, leaves, cotangent)]
 
         return train
@@ -524,6 +524,44 @@ class Floor:
         return train if case.training else infer
 
 
+class Model(nn.Module):
+    """What a compiler has something to fuse in: a layer and what is usually around it."""
+
+    def __init__(self, layer: nn.Module, inputs: int, units: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(inputs)
+        self.layer = layer
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(units, 64)
+
+    def forward(self, x: Tensor, classes: Tensor) -> Tensor:
+        y = self.layer(self.norm(x))
+        y = y if isinstance(y, Tensor) else y[0]
+        return nn.functional.cross_entropy(self.head(self.dropout(y)).flatten(0, 1), classes)
+
+
+class InModel:
+    """A training step of a model around our layer, or a linear one in its place."""
+
+    def __init__(self, layer: str, compiled: bool = False) -> None:
+        self.linear = layer == "nn.Linear"
+        self.name = f"model with {layer}" + " compiled" * compiled
+        self.compiled = compiled
+
+    def refuses(self, case: Case) -> str | None:
+        return COMPILED.refuses(case)
+
+    def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
+        T, B, I, H = case.shape
+        layer = nn.Linear(I, H) if self.linear else make(fastrnn, case)
+        model: Any = Model(layer, I, H).to(problem.x)
+        leaves = list(model.parameters())
+        classes = torch.randint(64, (T * B,), device=problem.x.device)
+        if self.compiled:
+            model = torch.compile(model, fullgraph=True)
+        return lambda: torch.autograd.grad(model(problem.x, classes), leaves)
+
+
 OURS = Module("fastrnn")
 TORCH = Module("torch.nn")
 COMPILED = Compiled()
@@ -537,7 +575,18 @@ PEERS: tuple[Peer, ...] = (
     *OURS_OTHERWISE,
 )
 GPU_PEERS: tuple[Peer, ...] = (TORCH, FlashRnn())
-FLOORS = (Floor("nothing"), Floor("nn.Linear"), Floor("nn.Linear", compiled=True))
+FLOORS = (
+    Floor("nothing"),
+    *(
+        contestant(name, compiled)
+        for contestant, name in (
+            (Floor, "nn.Linear"),
+            (InModel, "fastrnn"),
+            (InModel, "nn.Linear"),
+        )
+        for compiled in (False, True)
+    ),
+)
 
 
 # Relative to the norm, and to the largest element. Below float32 both sides round; on a GPU cuDNN

@@ -287,9 +287,8 @@ class Report:
                 )
         return lines if len(lines) > 2 else []
 
-    def compiled(self) -> list[str]:
+    def compiled(self, *who: str) -> list[str]:
         """What a training step takes longer in a compiled graph, in microseconds."""
-        who = ("fastrnn", "nn.Linear")
         columns = " | ".join(f"{name} | compiled | longer" for name in who)
         lines = [f"| cell | (T, B, I, H) | | {columns} |", "|---|---|---|" + "---:|" * 3 * len(who)]
         for r in self.results:
@@ -370,7 +369,14 @@ class Report:
             ("All cases", self.table()),
             ("Behind torch.nn", self.behind()),
             ("One step of one sequence, in microseconds", self.floors()),
-            ("A training step in a compiled graph, in microseconds", self.compiled()),
+            (
+                "A training step in a compiled graph, in microseconds",
+                self.compiled("fastrnn", "nn.Linear"),
+            ),
+            (
+                "The same of a model around the layer",
+                self.compiled("model with fastrnn", "model with nn.Linear"),
+            ),
             ("Odd shapes", self.odd_shapes()),
             ("The Numba backend against torch.nn", self.numba()),
             ("Against torch.nn under other conditions", self.beside(others) if others else []),
