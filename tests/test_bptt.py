@@ -76,6 +76,8 @@ def test_wrong_arguments() -> None:
         fastrnn.tbptt(m, [1, 2], 3)
     with pytest.raises(TypeError, match="window to be an int, got float"):
         fastrnn.tbptt(m, x, 2.5)
+    with pytest.raises(TypeError, match="window to be an int, got bool"):
+        fastrnn.tbptt(m, x, True)
     with pytest.raises(ValueError, match="with a dimension None"):
         fastrnn.tbptt(m, x, 2, dim=None)
     with pytest.raises(ValueError, match=r"with a dimension 3, got \[10, 2, 3\]"):

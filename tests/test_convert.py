@@ -164,6 +164,13 @@ def test_what_is_left_is_named() -> None:
     assert [type(m) for m in model.values()] == [Own, nn.GRU, OwnOfOurs]
 
 
+def test_complex_modules_are_named() -> None:
+    model = nn.Sequential(nn.LSTM(3, 4, dtype=torch.complex64))
+    with pytest.warns(UserWarning, match=r"did not convert all: 0 \(LSTM\) is complex"):
+        fastrnn.convert(model)
+    model(torch.randn(5, 2, 3, dtype=torch.complex64))
+
+
 def test_bases_and_own_methods_are_named() -> None:
     hooked = nn.GRU(3, 4)
     hooked.forward = hooked.forward

@@ -138,40 +138,64 @@ def test_what_a_training_has_is_compiled(mode: str, autocast: bool) -> None:
     assert_close(found[1], found[0])
 
 
+def nodes(graph: torch.fx.Graph) -> list[Any]:
+    """The backends of the layers in a graph."""
+    layer = torch.ops.fastrnn.layer
+    return [n.args[0] for n in graph.nodes if n.target in (layer, layer.default)]
+
+
 def test_a_graph_has_layers_where_torchs_operators_run(
     monkeypatch: pytest.MonkeyPatch, automatic: None
 ) -> None:
     """As on a GPU at sizes that cuDNN is faster at, or without C++ and Numba."""
-    for name in ("cpp", "numba"):
-        monkeypatch.setattr(load(name), "missing", lambda: "not here")
-    dispatch.sizes_matter.cache_clear()
-    dispatch._chosen.cache_clear()
-    try:
-        m, x = model("LSTM"), torch.randn(5, 2, 3)
-        assert fastrnn.explain(m.layers, x).backend == "torch"
-        expected = gradients(m, m, x)
-        compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
-        assert_close(gradients(m, compiled, x), expected)
-        dim = torch.export.Dim
-        shapes = {0: dim("time", min=2, max=1000), 1: dim("batch", min=2, max=1000)}
-        program = torch.export.export(m, (x,), dynamic_shapes=(shapes,)).module()
-        x = torch.randn(9, 4, 3)
-        assert_close(program(x), m(x))
-        assert_close(torch.jit.trace(m, (x,), check_trace=False)(x[:4]), m(x[:4]))
-    finally:
+
+    def forget() -> None:
         dispatch.sizes_matter.cache_clear()
         dispatch._chosen.cache_clear()
+
+    with monkeypatch.context() as without:
+        for name in ("cpp", "numba"):
+            without.setattr(load(name), "missing", lambda: "not here")
+        forget()
+        m, x = model("LSTM"), torch.randn(5, 2, 3)
+        chosen = fastrnn.explain(m.layers, x)
+        assert chosen.backend == "torch"
+        assert chosen.reason.endswith("in a graph that is compiled or exported reference")
+        expected = gradients(m, m, x)
+        seen: list[Any] = []
+
+        def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+            seen.extend(nodes(graph.graph))
+            return graph
+
+        compiled = torch.compile(m, fullgraph=True, backend=backend)
+        assert_close(gradients(m, compiled, x), expected)
+        assert seen == ["reference"] * 2
+        dim = torch.export.Dim
+        shapes = {0: dim("time", min=2, max=1000), 1: dim("batch", min=2, max=1000)}
+        program = torch.export.export(m, (x,), dynamic_shapes=(shapes,))
+        assert nodes(program.graph) == ["reference"] * 2
+        x = torch.randn(9, 4, 3)
+        assert_close(program.module()(x), m(x))
+        # A trace has no need of it, and torch's operator is the faster one.
+        traced = torch.jit.trace(m, (x,))
+        assert_close(traced(x[:4]), m(x[:4]))
+        assert "fastrnn::layer" not in str(traced.inlined_graph)
+    forget()
 
 
 def test_torchs_operators_are_not_compiled() -> None:
     m, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    message = "'torch' was asked for and cannot run: compilers and torch.export"
     with fastrnn.use_backend("torch"):
-        expected = m(x)
-        with pytest.raises(Exception, match="torch does not compile its own recurrent operators"):
-            torch.compile(m, fullgraph=True, backend="eager")(x)
-        torch._dynamo.reset()
-        assert_close(torch.compile(m, backend="eager")(x), expected)
-        assert_close(torch.jit.trace(m, (x,))(x), expected)
+        assert fastrnn.explain(m, x).reason.endswith("compiled or exported an error")
+        for fullgraph in (False, True):
+            torch._dynamo.reset()
+            with pytest.raises(Exception, match=message):
+                torch.compile(m, fullgraph=fullgraph, backend="eager")(x)
+        with pytest.raises(Exception, match=message):
+            torch.export.export(m, (x,))
+        assert_close(torch.jit.trace(m, (x,))(x), m(x))
 
 
 def test_sizes_that_change_compile_once() -> None:

@@ -61,7 +61,7 @@ def tbptt(
     lengths = {s.shape[dim] for s in sequences}
     if len(lengths) != 1:
         raise ValueError(f"expected sequences of one length, got {sorted(lengths)}")
-    if not isinstance(window, int):
+    if not isinstance(window, int) or isinstance(window, bool):
         raise TypeError(f"expected window to be an int, got {type(window).__name__}")
     if window < 1:
         raise ValueError(f"expected a window of 1 step or more, got {window}")

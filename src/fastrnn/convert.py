@@ -44,7 +44,7 @@ def convert(model: Model) -> Model:
 
     Warns:
         UserWarning: names what cannot be converted: subclasses, whose methods may rely on torch's
-            own, and what ``torch.jit`` has compiled or traced.
+            own, complex modules, and what ``torch.jit`` has compiled or traced.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -90,6 +90,8 @@ def _exchanged(model: Model, classes: dict[type[nn.Module], type[nn.Module]], ve
         why = None
         if own in classes and "forward" in vars(module):
             why = "has a forward method of its own"
+        elif classes is _OURS and own in classes and _complex(module):
+            why = "is complex, and fastrnn's are not"
         elif own in classes:
             _become(module, classes[own])
         elif isinstance(module, torch.jit.ScriptModule):
@@ -105,6 +107,10 @@ def _exchanged(model: Model, classes: dict[type[nn.Module], type[nn.Module]], ve
     if left:
         warnings.warn(f"fastrnn did not {verb} all: {'; '.join(left)}", stacklevel=3)
     return model
+
+
+def _complex(module: nn.Module) -> bool:
+    return any(p.is_complex() for p in module.parameters())
 
 
 def _become(module: nn.Module, new: type[nn.Module]) -> None:

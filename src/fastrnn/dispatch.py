@@ -89,7 +89,9 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Run every layer called inside the block on one backend; ``None`` undoes an outer block.
 
     The choice belongs to the thread (or the asyncio task) that enters the block. The backward pass
-    runs where the forward pass ran.
+    runs where the forward pass ran; but what ``torch.utils.checkpoint`` computes again, it computes
+    when and where the backward pass is called, on a GPU in a thread of autograd's: set
+    ``FASTRNN_BACKEND`` there.
 
     Raises:
         ValueError: there is no backend of that name.

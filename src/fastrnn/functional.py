@@ -18,8 +18,8 @@ from fastrnn.autograd import layer, transformed
 from fastrnn.backends import Backend, Sizes, Stacks
 from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.checks import check_batch_sizes, check_layer, check_stack, check_state
-from fastrnn.dispatch import BackendError, load, pick, sizes_matter
-from fastrnn.operators import exporting, recording, tracing
+from fastrnn.dispatch import load, pick, sizes_matter
+from fastrnn.operators import recording, tracing
 
 __all__ = ["autocast_dtype", "rnn", "sizes_of", "step"]
 
@@ -187,13 +187,8 @@ def _pick(
         w_hh, w_hr = weights[0][0][1], weights[0][0][4]
         proj_size = 0 if w_hr is None else w_hr.shape[0]
         layers = (len(weights), len(weights[0]), w_hh.shape[0] // len(cell.gates), proj_size)
-        run = _recorded(cell.mode, input.dtype, input.device.type, backend, *layers)
-        if run.STACKS and torch.compiler.is_compiling() and not exporting():
-            raise BackendError(
-                "the backend 'torch' was asked for and cannot run: torch does not compile its own "
-                "recurrent operators"
-            )
-        return run
+        compiled = torch.compiler.is_compiling()
+        return _recorded(cell.mode, input.dtype, input.device.type, backend, *layers, compiled)
     sizes = None
     if sizes_matter(input.is_cpu):
         sizes = sizes_of(cell, input, weights, batch, steps, packed)
@@ -211,10 +206,11 @@ def _recorded(
     directions: int,
     hidden_size: int,
     proj_size: int,
+    compiled: bool,
 ) -> Backend | Stacks:
     """The choice where batches and times may be symbols; no compiler need see how it is made."""
     load("reference")  # the same goes for its import
-    sizes = Sizes(layers, directions, 1, hidden_size, hidden_size, proj_size, recorded=True)
+    sizes = Sizes(layers, directions, 1, hidden_size, hidden_size, proj_size, compiled=compiled)
     return pick(CELLS[mode], dtype, torch.device(device), sizes, backend)
 
 

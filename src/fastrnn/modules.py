@@ -10,6 +10,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -21,7 +22,7 @@ from fastrnn import functional, onnx
 from fastrnn.autograd import transformed, unwrapped
 from fastrnn.cells import CELLS, Cell, State, Weights
 from fastrnn.checks import check_batch_sizes, check_like
-from fastrnn.dispatch import Choice, choose
+from fastrnn.dispatch import BackendError, Choice, choose, load
 from fastrnn.operators import exporting, tracing
 from fastrnn.rows import live
 
@@ -785,6 +786,9 @@ class GRUCell(RNNCellBase, nn.GRUCell):
 def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Choice:
     """Say which backend would run ``module(input)`` here and now, and why.
 
+    Where that is torch's own operator, the reason also says what a compiled or exported graph has
+    instead.
+
     Raises:
         TypeError: the module is not one of fastrnn's, or the input no tensor.
         ValueError, RuntimeError: dtype or features of the input are not the module's.
@@ -816,4 +820,14 @@ def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Ch
             batch, steps = data.shape[:2] if module.batch_first else data.shape[1::-1]
         sizes = functional.sizes_of(module._cell, data, stack, batch, steps, packed)
     dtype = functional.autocast_dtype(data) or data.dtype
-    return choose(module._cell, dtype, data.device, sizes=sizes)
+    choice = choose(module._cell, dtype, data.device, sizes=sizes)
+    if load(choice.backend).STACKS:
+        try:
+            graph = choose(module._cell, dtype, data.device, sizes=sizes._replace(compiled=True))
+        except BackendError:
+            instead = "an error"
+        else:
+            instead = graph.backend
+        reason = f"{choice.reason}; in a graph that is compiled or exported {instead}"
+        choice = replace(choice, reason=reason)
+    return choice

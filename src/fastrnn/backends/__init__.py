@@ -68,8 +68,8 @@ Gradients = tuple[Tensor | None, ...]
 class Sizes(NamedTuple):
     """What a choice of backend may depend on besides the cell, the dtype and the device.
 
-    ``recorded``: for a graph, which is to have a layer as one operator of ours, so that torch's own
-    operators are no alternative, however fast.
+    ``compiled``: for the graph of a compiler or of ``torch.export``, which has a layer as one
+    operator of ours, so that torch's own are no alternative, however fast.
     """
 
     layers: int
@@ -80,7 +80,7 @@ class Sizes(NamedTuple):
     proj_size: int = 0
     packed: bool = False
     one_step: bool = False
-    recorded: bool = False
+    compiled: bool = False
 
 
 class Choosable(Protocol):

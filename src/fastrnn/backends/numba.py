@@ -71,7 +71,7 @@ def refuses(
         return f"expected 16-bit numbers, torch.float32 or torch.float64, got {dtype}"
     if cell.mode not in MODES:
         return f"there is no kernel for the cell {cell.mode}"
-    if automatic and sizes is not None and not sizes.recorded:
+    if automatic and sizes is not None and not sizes.compiled:
         if sizes.one_step:
             return "one step is two products and a few operators in torch"
         dense = not sizes.packed and not sizes.proj_size

@@ -48,10 +48,10 @@ def refuses(
 ) -> str | None:
     if cell.mode not in _RNN:
         return f"torch has no operator for the cell {cell.mode}"
-    if automatic and sizes is not None and sizes.recorded:
-        return "a graph is to have a layer as one operator"
     if not dtype.is_floating_point:
         return f"expected a real floating-point dtype, got {dtype}"
+    if sizes is not None and sizes.compiled:
+        return "compilers and torch.export would take it apart, step by step"
     return None
 
 

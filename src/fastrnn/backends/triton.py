@@ -110,7 +110,7 @@ def refuses(
         return f"there is no plan for {architecture} and {target.precision} products"
     if automatic and device.type == "cpu":
         return "the interpreter is for tests"
-    if automatic and sizes is not None and not sizes.recorded:
+    if automatic and sizes is not None and not sizes.compiled:
         return _slower(cell, dtype, sizes, found, architecture, target)
     return None
 
