@@ -26,6 +26,7 @@ from fastrnn.dispatch import load
 
 MODES = list(LAYERS)
 F32 = torch.float32
+ANY_SIZE = {k: torch.export.Dim(n, min=2, max=1000) for k, n in enumerate(("time", "batch"))}
 
 needs_dynamo_exporter = pytest.mark.skipif(
     importlib.util.find_spec("onnxscript") is None or not hasattr(torch.onnx, "ops"),
@@ -83,6 +84,18 @@ class Calls(TorchDispatchMode):
             self.calls.append((op, args))
         return op(*args, **(kwargs or {}))
 
+    def check(self) -> None:
+        """``opcheck`` of every call."""
+        for op, args in self.calls:
+            # The reverse has no derivative to be recorded.
+            first = op._opname == "layer"
+            leaves = tree_map_only(
+                Tensor,
+                lambda t, f=first: t.detach().requires_grad_(f and t.is_floating_point()),
+                args,
+            )
+            torch.library.opcheck(op, leaves)
+
 
 SIZES = ((5, 2), (7, 3), (9, 1))
 
@@ -138,50 +151,49 @@ def test_what_a_training_has_is_compiled(mode: str, autocast: bool) -> None:
     assert_close(found[1], found[0])
 
 
-def nodes(graph: torch.fx.Graph) -> list[Any]:
-    """The backends of the layers in a graph."""
+def backends_in(graph: torch.fx.Graph) -> list[Any]:
+    """Those of its layers."""
     layer = torch.ops.fastrnn.layer
     return [n.args[0] for n in graph.nodes if n.target in (layer, layer.default)]
 
 
-def test_a_graph_has_layers_where_torchs_operators_run(
-    monkeypatch: pytest.MonkeyPatch, automatic: None
-) -> None:
-    """As on a GPU at sizes that cuDNN is faster at, or without C++ and Numba."""
-
-    def forget() -> None:
-        dispatch.sizes_matter.cache_clear()
-        dispatch._chosen.cache_clear()
-
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch, automatic: None) -> Iterator[None]:
+    """No C++ and no Numba, so that the automatic choice is torch's own operator."""
+    remembered = dispatch.sizes_matter, dispatch._chosen
     with monkeypatch.context() as without:
         for name in ("cpp", "numba"):
             without.setattr(load(name), "missing", lambda: "not here")
-        forget()
-        m, x = model("LSTM"), torch.randn(5, 2, 3)
-        chosen = fastrnn.explain(m.layers, x)
-        assert chosen.backend == "torch"
-        assert chosen.reason.endswith("in a graph that is compiled or exported reference")
-        expected = gradients(m, m, x)
-        seen: list[Any] = []
+        for function in remembered:
+            function.cache_clear()
+        yield
+    for function in remembered:
+        function.cache_clear()
 
-        def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-            seen.extend(nodes(graph.graph))
-            return graph
 
-        compiled = torch.compile(m, fullgraph=True, backend=backend)
-        assert_close(gradients(m, compiled, x), expected)
-        assert seen == ["reference"] * 2
-        dim = torch.export.Dim
-        shapes = {0: dim("time", min=2, max=1000), 1: dim("batch", min=2, max=1000)}
-        program = torch.export.export(m, (x,), dynamic_shapes=(shapes,))
-        assert nodes(program.graph) == ["reference"] * 2
-        x = torch.randn(9, 4, 3)
-        assert_close(program.module()(x), m(x))
-        # A trace has no need of it, and torch's operator is the faster one.
-        traced = torch.jit.trace(m, (x,))
-        assert_close(traced(x[:4]), m(x[:4]))
-        assert "fastrnn::layer" not in str(traced.inlined_graph)
-    forget()
+def test_a_graph_has_layers_where_torchs_operators_run(without_kernels: None) -> None:
+    m, x = model("LSTM"), torch.randn(5, 2, 3)
+    chosen = fastrnn.explain(m.layers, x)
+    assert chosen.backend == "torch"
+    assert chosen.reason.endswith("in a graph that is compiled or exported reference")
+    expected = gradients(m, m, x)
+    seen: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(backends_in(graph.graph))
+        return graph
+
+    compiled = torch.compile(m, fullgraph=True, backend=backend)
+    assert_close(gradients(m, compiled, x), expected)
+    assert seen == ["reference"] * 2
+    program = torch.export.export(m, (x,), dynamic_shapes=(ANY_SIZE,))
+    assert backends_in(program.graph) == ["reference"] * 2
+    x = torch.randn(9, 4, 3)
+    assert_close(program.module()(x), m(x))
+    # A trace has no need of it, and torch's operator is the faster one.
+    traced = torch.jit.trace(m, (x,))
+    assert_close(traced(x[:4]), m(x[:4]))
+    assert "fastrnn::layer" not in str(traced.inlined_graph)
 
 
 def test_torchs_operators_are_not_compiled() -> None:
@@ -274,9 +286,7 @@ def test_lengths_break_the_graph_and_are_right(packed: bool) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_export_with_any_length_and_batch(mode: str, strict: bool) -> None:
     m, x = model(mode), torch.randn(5, 2, 3)
-    dim = torch.export.Dim
-    shapes = {0: dim("time", min=2, max=1000), 1: dim("batch", min=2, max=1000)}
-    program = torch.export.export(m, (x,), dynamic_shapes=(shapes,), strict=strict)
+    program = torch.export.export(m, (x,), dynamic_shapes=(ANY_SIZE,), strict=strict)
     for T, B in ((9, 7), (2, 2), (300, 3)):
         x = torch.randn(T, B, 3)
         assert_close(program.module()(x), m(x))
@@ -634,13 +644,7 @@ def test_operators_are_what_torch_expects(case: Case, dtype: torch.dtype, backen
         near = F32 if dtype.itemsize == 2 else dtype
         assert_near(evaluate(m, case, d, backend), expected, near)
     assert [op._opname for op, _ in seen.calls] == ["layer", "reverse"]
-    for op, args in seen.calls:
-        # The reverse has no derivative to be recorded.
-        first = op._opname == "layer"
-        leaves = tree_map_only(
-            Tensor, lambda t, f=first: t.detach().requires_grad_(f and t.is_floating_point()), args
-        )
-        torch.library.opcheck(op, leaves)
+    seen.check()
 
 
 @pytest.mark.parametrize("mode", CELLS)
