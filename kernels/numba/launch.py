@@ -16,37 +16,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrnn.cells import Cell, State, Weights
+from fastrnn.cells import State
 from fastrnn.kernels.numba import cells, sequence
 from fastrnn.kernels.numba.simd import PANEL, Vector
 from fastrnn.kernels.padding import (
-    Numbers,
-    numbers,
+    PaddedSizes,
     own_rows,
     own_states,
     padded,
     padded_gates,
     padded_rows,
+    padded_sizes,
     plain,
-    running,
+    running_states,
 )
+from fastrnn.layer import Layer, Rows
 
 __all__ = ["backward", "forward"]
 
 ELEMENTS = {torch.float32: numba.float32, torch.float64: numba.float64}
 
 WORTH_A_THREAD = 1 << 24
-"""Floating-point operations: with fewer, waking a thread takes longer than its share."""
+"""Floating-point operations per thread, below which waking a thread costs more than it saves."""
 
 CACHED = 2 << 20
-"""Bytes of weights that stay near a processor from one step to the next."""
+"""Bytes of weights that stay in a processor's own caches from one step to the next."""
 
 _pool: tuple[int, ThreadPoolExecutor] | None = None
-"""With the number of its threads."""
+"""The number of threads, and their pool."""
 
 
 def _forget() -> None:
-    """No thread survives a fork."""
+    """Drop the pool after a fork, which its threads do not survive."""
     global _pool
     _pool = None
 
@@ -55,7 +56,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-# Numba's own types take microseconds to hash.
+# Hashing a Numba type takes microseconds.
 @cache
 def _kernels(dtype: torch.dtype) -> tuple[Any, Any]:
     found: tuple[Any, Any] = sequence.compiled(ELEMENTS[dtype])
@@ -76,32 +77,32 @@ def _width(dtype: torch.dtype) -> int:
 
 
 def _at(tensor: Tensor | None, index: int = 0) -> int:
-    """The address of an element; nobody looks at that of none."""
+    """The address of an element; 0, which no kernel reads, without a tensor."""
     return 0 if tensor is None else tensor.data_ptr() + index * tensor.itemsize
 
 
 def _arguments(
     fixed: Sequence[tuple[Any, ...]], scratch: Sequence[Tensor], d: int, begin: int, end: int
 ) -> tuple[Any, ...]:
-    """Of a kernel, for sequences of a direction, up to the steps.
+    """The arguments of a kernel for sequences of one direction, up to the range of steps.
 
     Args:
-        fixed: of each direction those that are the same for all sequences.
+        fixed: for each direction, the arguments that are the same for all sequences.
         scratch: tensors ``[D, B, *]``.
     """
-    places = [_at(t, (d * t.shape[1] + begin) * t.shape[2]) for t in scratch]
-    return (*fixed[d], *places, begin, end)
+    addresses = [_at(t, (d * t.shape[1] + begin) * t.shape[2]) for t in scratch]
+    return (*fixed[d], *addresses, begin, end)
 
 
 def _run(
     kernel: Any,
-    sizes: Numbers,
+    sizes: PaddedSizes,
     flops: int,
     steps: int,
     fixed: Sequence[tuple[Any, ...]],
     scratch: Sequence[Tensor],
 ) -> None:
-    """All steps of a kernel on shares of the sequences, side by side; the last in this thread."""
+    """Run all steps of a kernel on shares of the sequences in parallel, one in this thread."""
     global _pool
     threads = min(torch.get_num_threads(), max(1, flops // WORTH_A_THREAD))
     parts = min(sizes.B, max(1, threads // sizes.D))
@@ -111,7 +112,7 @@ def _run(
     others: list[Future[None]] = []
     try:
         if threads > 1 and len(calls) > 1:
-            with suppress(RuntimeError):  # no thread can be started, as when the interpreter ends
+            with suppress(RuntimeError):  # no thread can be started while the interpreter exits
                 if _pool is None or _pool[0] < len(calls) - 1:
                     _pool = len(calls) - 1, _team(len(calls) - 1)
                 for call in calls[:-1]:
@@ -123,24 +124,24 @@ def _run(
 
 
 def _team(count: int) -> ThreadPoolExecutor:
-    """So many threads that run: a thread that fails to start later would leave its call behind.
+    """A pool whose threads all run: one that failed to start later would never finish its call.
 
     Raises:
         RuntimeError: they cannot be started.
     """
-    team, all_here = ThreadPoolExecutor(count, "fastrnn-numba"), Barrier(count)
+    team, started = ThreadPoolExecutor(count, "fastrnn-numba"), Barrier(count)
     try:
-        here = [team.submit(all_here.wait) for _ in range(count)]
+        waiting = [team.submit(started.wait) for _ in range(count)]
     except RuntimeError:
-        all_here.abort()
+        started.abort()
         team.shutdown()
         raise
-    wait(here)
+    wait(waiting)
     return team
 
 
 def _finish(others: Sequence[Future[None]]) -> None:
-    """Wait for kernels, whatever comes between: they write to memory that would else be freed."""
+    """Wait for kernels, even when interrupted: their memory must not be freed before."""
     interrupt: BaseException | None = None
     while not all(other.done() for other in others):
         try:
@@ -153,18 +154,18 @@ def _finish(others: Sequence[Future[None]]) -> None:
         other.result()
 
 
-def _apart(sizes: Numbers, weights: Tensor) -> bool:
-    """Whether torch's library of matrices multiplies by W_hh, a step at a time.
+def _uses_blas(sizes: PaddedSizes, w_hh: Tensor) -> bool:
+    """Whether torch's library multiplies by W_hh, one step at a time, and not the kernel.
 
-    It needs no panels, which do not pay for one step; and where each of its threads keeps a part of
-    the weights, a single sequence has only one thread of ours.
+    torch needs no panels, whose packing does not pay for one step. Where a single sequence reads
+    more weights than one processor caches, torch's threads share them; the kernel has one thread.
     """
-    alone = sizes.B * sizes.D == 1 and weights.nbytes > CACHED and torch.get_num_threads() > 1
-    return sizes.T == 1 or alone
+    shared = sizes.B * sizes.D == 1 and w_hh.nbytes > CACHED and torch.get_num_threads() > 1
+    return sizes.T == 1 or shared
 
 
 def _panels(w: Tensor) -> Tensor:
-    """``w [K, columns]`` in panels ``[*, K, width]``; the last is filled up with zeros."""
+    """``w [K, columns]`` in panels ``[*, K, width]``; the last is padded with zeros."""
     width = _width(w.dtype)
     K, columns = w.shape
     count = -(-columns // width)
@@ -177,147 +178,143 @@ def _columns(panels: Tensor) -> int:
     return panels.shape[0] * panels.shape[2]
 
 
-def _rows(sizes: Numbers, batch_sizes: Tensor | None) -> tuple[list[int], Tensor | None]:
-    """Of each step how many rows it has, and the first; the latter of a packed batch only.
+def _row_counts(rows: Rows) -> tuple[list[int], Tensor | None]:
+    """The number of rows in each step and, for a packed batch, the first row of each step.
+
+    The kernels read by address, so that the batch sizes are checked here once more.
 
     Raises:
-        ValueError: the steps have not N rows together, or one has more than the one before.
+        ValueError: the steps do not have N rows in total, or a step has more than the one before.
     """
-    if batch_sizes is None:
-        return [sizes.B] * sizes.T, None
-    offsets = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)])
-    allowed = torch.cat([batch_sizes.new_full((1,), sizes.B), batch_sizes[:-1]])
+    sizes = rows.batch_sizes
+    if sizes is None:
+        return [rows.B] * rows.T, None
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    allowed = torch.cat([sizes.new_full((1,), rows.B), sizes[:-1]])
     if (
-        batch_sizes.dtype != torch.int64
-        or offsets[-1] != sizes.N
-        or ((batch_sizes > allowed) | (batch_sizes < 0)).any()
+        sizes.dtype != torch.int64
+        or offsets[-1] != rows.N
+        or ((sizes > allowed) | (sizes < 0)).any()
     ):
         raise ValueError(
-            f"expected batch_sizes of at most {sizes.B}, never more than the one before, of "
-            f"{sizes.N} rows together, got {batch_sizes.tolist()}"
+            f"expected batch_sizes that start with at most {rows.B}, never increase, and add up "
+            f"to {rows.N}, got {sizes.tolist()}"
         )
-    return batch_sizes.tolist(), offsets
+    return sizes.tolist(), offsets
 
 
-def forward(
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    save: bool,
-) -> tuple[Tensor, State, Tensor | None]:
-    """As ``fastrnn.backends.Backend.forward``; ``saved`` has ``Numbers.H`` units."""
-    sizes = numbers(cell, x, weights, batch_sizes, batch)
-    T, N, B, H, P, D, own_H, own_P = sizes
-    G, projected = len(cell.gates), weights[0][4] is not None
-    kept = cell.saved_slots(projected)
-    h, s = running(cell, state, sizes, x, x.dtype)
-    *leading, _ = x.shape
-    out = x.new_empty(*leading, D * P)
-    saved = x.new_empty(D, N, kept, H) if save else None
+def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor | None]:
+    """As ``fastrnn.backends.LayerBackend.forward``."""
+    sizes = padded_sizes(layer)
+    T, N, B, H_pad, P_pad, D, H, P = sizes
+    cell, G, projected, states = layer.cell, layer.G, layer.projected, len(layer.cell.states)
+    num_saved = cell.num_saved(projected)
+    h, s = running_states(layer, layer.state, sizes, x, x.dtype)
+    out = x.new_empty(*x.shape[:-1], D * P_pad)
+    saved = x.new_empty(layer.saved_shape(H_pad)) if save else None
     inputs = x.flatten(0, -2)
-    gx = [F.linear(inputs, w_ih, b_ih) for w_ih, _, b_ih, _, _ in weights]
-    if own_H != H:
-        gx = [padded(g.view(N, G, own_H), H) for g in gx]
-    w_hh = [padded_gates(cell, w, H, P).t() for _, w, *_ in weights]
-    w_hr = [None if w is None else _panels(padded(plain(w), P, H).t()) for *_, w in weights]
-    bias = [None if b is None else padded_gates(cell, b, H).contiguous() for *_, b, _ in weights]
-    rows, offsets = _rows(sizes, batch_sizes)
-    apart = _apart(sizes, w_hh[0])
-    columns, columns_hr = G * H, 0 if w_hr[0] is None else _columns(w_hr[0])
-    if not apart:
+    gx = [F.linear(inputs, w.ih, w.bias_ih) for w in layer.weights]
+    if H_pad != H:
+        gx = [padded(g.view(N, G, H), H_pad) for g in gx]
+    w_hh = [padded_gates(layer, w.hh, H_pad, P_pad).t() for w in layer.weights]
+    w_hr = [
+        None if w.hr is None else _panels(padded(plain(w.hr), P_pad, H_pad).t())
+        for w in layer.weights
+    ]
+    bias = [
+        None if w.bias_hh is None else padded_gates(layer, w.bias_hh, H_pad).contiguous()
+        for w in layer.weights
+    ]
+    counts, offsets = _row_counts(layer.rows)
+    uses_blas = _uses_blas(sizes, w_hh[0])
+    columns, columns_hr = G * H_pad, 0 if w_hr[0] is None else _columns(w_hr[0])
+    if not uses_blas:
         w_hh = [_panels(w) for w in w_hh]
         columns = _columns(w_hh[0])
         bias = [x.new_zeros(columns) if b is None else padded(b, columns) for b in bias]
     zeros = x.new_zeros(columns_hr) if projected else None
     gh = x.new_empty(D, B, columns)
-    scratch = x.new_empty(D, B, H + columns_hr + kept * H)
+    scratch = x.new_empty(D, B, H_pad + columns_hr + num_saved * H_pad)
     step, _ = _cells(cell.mode, x.dtype)
     kernel, _ = _kernels(x.dtype)
     fixed = [
         (
             step, 0.0, _at(gx[d]), _at(w_hh[d]), _at(bias[d]), _at(w_hr[d]), _at(zeros),
-            _at(offsets), _at(h, d * B * P), _at(s, d * B * H), _at(out, d * P),
-            _at(saved, d * N * kept * H), T, B, H, P, D, own_H, own_P, G, len(cell.states), kept,
-            columns, columns_hr, d == 1, offsets is not None, save, not apart,
+            _at(offsets), _at(h, d * B * P_pad), _at(s, d * B * H_pad), _at(out, d * P_pad),
+            _at(saved, d * N * num_saved * H_pad), T, B, H_pad, P_pad, D, H, P, G, states,
+            num_saved, columns, columns_hr, d == 1, offsets is not None, save, not uses_blas,
         )
         for d in range(D)
     ]  # fmt: skip
-    if not apart:
-        _run(kernel, sizes, 2 * N * D * G * H * P, T, fixed, (gh, scratch))
+    if not uses_blas:
+        _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T, fixed, (gh, scratch))
     else:
         calls = [_arguments(fixed, (gh, scratch), d, 0, B) for d in range(D)]
         for k in range(T):
             for d, (call, w, b) in enumerate(zip(calls, w_hh, bias, strict=True)):
-                n = rows[T - 1 - k if d else k]
+                n = counts[T - 1 - k if d else k]
                 if b is None:
                     torch.mm(h[d, :n], w, out=gh[d, :n])
                 else:
                     torch.addmm(b, h[d, :n], w, out=gh[d, :n])
                 kernel(*call, k, k + 1)
-    directions = len(leading) == 2 or batch_sizes is not None
-    return own_rows(out, D, own_P), own_states(h, s, sizes, x.dtype, directions), saved
+    return own_rows(out, sizes), own_states(layer, h, s, sizes, x.dtype), saved
 
 
 def backward(
-    cell: Cell,
+    layer: Layer,
     x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
     out: Tensor,
     saved: Tensor,
     dout: Tensor | None,
     dfinal: Sequence[Tensor | None],
 ) -> tuple[Tensor, State, Tensor | None]:
-    """The recurrence in reverse: the fields of ``backends.products.Recurrence``."""
-    sizes = numbers(cell, x, weights, batch_sizes, batch)
-    T, N, B, H, P, D, own_H, own_P = sizes
-    G, projected = len(cell.gates), weights[0][4] is not None
-    kept = saved.shape[2]
-    h0, _ = running(cell, None if state is None else state[:1], sizes, x, x.dtype)
-    dh, ds = running(cell, dfinal, sizes, x, x.dtype)
-    directions = out.dim() == 3 or batch_sizes is not None
-    out = padded_rows(out, D, P)
-    dout = None if dout is None else padded_rows(dout, D, P)
-    dpre = x.new_empty(D, N, cell.slots, H)
-    dh_all = x.new_empty(D, N, P) if projected else None
-    w_hh = [padded_gates(cell, w, H, P) for _, w, *_ in weights]
-    w_hr = [None if w is None else _panels(padded(plain(w), P, H)) for *_, w in weights]
-    rows, offsets = _rows(sizes, batch_sizes)
-    apart = _apart(sizes, w_hh[0])
-    columns, columns_hr = P, 0 if w_hr[0] is None else _columns(w_hr[0])
-    if not apart:
+    """The recurrence backward: the fields of ``backends.products.Recurrence``."""
+    sizes = padded_sizes(layer)
+    T, N, B, H_pad, P_pad, D, H, P = sizes
+    cell, G, projected, states = layer.cell, layer.G, layer.projected, len(layer.cell.states)
+    num_saved, num_preacts = saved.shape[2], cell.num_preacts
+    h0, _ = running_states(layer, layer.state and layer.state[:1], sizes, x, x.dtype)
+    dh, ds = running_states(layer, dfinal, sizes, x, x.dtype)
+    out = padded_rows(out, sizes)
+    dout = None if dout is None else padded_rows(dout, sizes)
+    dpre = x.new_empty(D, N, num_preacts, H_pad)
+    dh_all = x.new_empty(D, N, P_pad) if projected else None
+    w_hh = [padded_gates(layer, w.hh, H_pad, P_pad) for w in layer.weights]
+    w_hr = [
+        None if w.hr is None else _panels(padded(plain(w.hr), P_pad, H_pad)) for w in layer.weights
+    ]
+    counts, offsets = _row_counts(layer.rows)
+    uses_blas = _uses_blas(sizes, w_hh[0])
+    columns, columns_hr = P_pad, 0 if w_hr[0] is None else _columns(w_hr[0])
+    if not uses_blas:
         w_hh = [_panels(w) for w in w_hh]
         columns = _columns(w_hh[0])
     zeros = x.new_zeros(max(columns, columns_hr))
-    scratch = [x.new_empty(D, B, n) for n in (G * H, columns, columns_hr)]
+    scratch = [x.new_empty(D, B, n) for n in (G * H_pad, columns, columns_hr)]
     _, step = _cells(cell.mode, x.dtype)
     _, kernel = _kernels(x.dtype)
     fixed = [
         (
-            step, 0.0, _at(saved, d * N * kept * H), _at(out, d * P), _at(dout, d * P),
-            _at(h0, d * B * P), _at(w_hh[d]), _at(w_hr[d]), _at(zeros), _at(offsets),
-            _at(dh, d * B * P), _at(ds, d * B * H), _at(dpre, d * N * cell.slots * H),
-            _at(dh_all, d * N * P), T, B, H, P, D, own_H, own_P, G, cell.shared,
-            len(cell.states), kept, columns, columns_hr, d == 1, offsets is not None,
-            dout is not None, not apart,
+            step, 0.0, _at(saved, d * N * num_saved * H_pad), _at(out, d * P_pad),
+            _at(dout, d * P_pad), _at(h0, d * B * P_pad), _at(w_hh[d]), _at(w_hr[d]), _at(zeros),
+            _at(offsets), _at(dh, d * B * P_pad), _at(ds, d * B * H_pad),
+            _at(dpre, d * N * num_preacts * H_pad), _at(dh_all, d * N * P_pad), T, B, H_pad, P_pad,
+            D, H, P, G, cell.summed, states, num_saved, columns, columns_hr, d == 1,
+            offsets is not None, dout is not None, not uses_blas,
         )
         for d in range(D)
     ]  # fmt: skip
-    if not apart:
-        _run(kernel, sizes, 2 * N * D * G * H * P, T + 1, fixed, scratch)
+    if not uses_blas:
+        _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T + 1, fixed, scratch)
     else:
         calls = [_arguments(fixed, scratch, d, 0, B) for d in range(D)]
         dgh, back, _ = scratch
         for k in range(T + 1):
             for d, (call, w) in enumerate(zip(calls, w_hh, strict=True)):
                 if k > 0:
-                    n = rows[k - 1 if d else T - k]
+                    n = counts[k - 1 if d else T - k]
                     torch.mm(dgh[d, :n], w, out=back[d, :n])
                 kernel(*call, k, k + 1)
-    dstate = own_states(dh, ds, sizes, x.dtype, directions)
-    return dpre[..., :own_H], dstate, None if dh_all is None else dh_all[..., :own_P]
+    dstate = own_states(layer, dh, ds, sizes, x.dtype)
+    return dpre[..., :H], dstate, None if dh_all is None else dh_all[..., :P]

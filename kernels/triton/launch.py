@@ -12,20 +12,21 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastrnn.cells import Cell, State, Weights
+from fastrnn.cells import State
 from fastrnn.kernels.padding import (
-    Numbers,
-    numbers,
+    PaddedSizes,
     own_rows,
     own_states,
     padded,
     padded_gates,
     padded_rows,
-    running,
+    padded_sizes,
+    running_states,
 )
 from fastrnn.kernels.triton import sequence
 from fastrnn.kernels.triton.cells import CELLS
 from fastrnn.kernels.triton.plans import Plan, Target
+from fastrnn.layer import Layer
 
 __all__ = ["Launch", "OutOfResources", "backward", "forward", "run"]
 
@@ -48,13 +49,13 @@ INTERPRETED = isinstance(sequence.forward, InterpretedFunction)
 """Whether the kernels were defined under TRITON_INTERPRET=1."""
 
 
-def _together(tensors: list[Tensor]) -> Tensor:
+def _stacked(tensors: list[Tensor]) -> Tensor:
     """One tensor of all directions."""
     return tensors[0].contiguous() if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _offsets(batch_sizes: Tensor | None, like: Tensor) -> Tensor:
-    """The first row of each step, and where the last ends; anything in a dense batch."""
+    """The first row of each step, and the end of the last; ``like``, unused, if dense."""
     if batch_sizes is None:
         return like
     offsets = torch.zeros(len(batch_sizes) + 1, dtype=torch.int64, device="cpu")
@@ -73,7 +74,7 @@ def _launches(
     tensors: Sequence[Tensor],
     turns: int,
     parts: tuple[str, ...],
-    sizes: Numbers,
+    sizes: PaddedSizes,
     depths: tuple[int, int],
     target: Target,
     **constants: Any,
@@ -81,21 +82,21 @@ def _launches(
     """The launches of a plan.
 
     Args:
-        turns: of the loop over time.
-        parts: of a turn, launched apart where programs cannot meet within a launch.
+        turns: iterations of the loop over time.
+        parts: of a turn, in launches of their own where programs cannot synchronise within one.
         depths: K of the products with W_hh and W_hr.
     """
     x = tensors[0]
-    B, H, P, D = sizes.B, sizes.H, sizes.P, sizes.D
-    groups = D * triton.cdiv(B, plan.rows)
-    programs, units, elements = plan.programs(H), plan.units, plan.units
-    wider = (sizes.own_H, sizes.own_P) != (H, P)
+    padded_size = sizes.H_pad, sizes.P_pad
+    groups = sizes.D * triton.cdiv(sizes.B, plan.rows)
+    programs, units, elements = plan.programs(sizes.H_pad), plan.units, plan.units
+    wider = padded_size != (sizes.H, sizes.P)
     if plan.sync == "program":
-        units, elements = (max(16, triton.next_power_of_2(n)) for n in (H, P))
-        wider |= (units, elements) != (H, P)
+        units, elements = (max(16, triton.next_power_of_2(n)) for n in padded_size)
+        wider |= (units, elements) != padded_size
     elif plan.sync == "grid" and (INTERPRETED or programs > target.programs_at_once):
-        # The interpreter runs one program after another: none can wait for one that comes later.
-        plan = plan.apart()
+        # The interpreter runs one program after another: none can wait for a later one.
+        plan = plan.as_stepwise()
     tiles = [1, 1]
     if plan.sync != "program":
         tiles = [triton.cdiv(K, plan.depth * plan.split) for K in depths]
@@ -122,12 +123,12 @@ def _launches(
         enable_fp_fusion=True,
     )
     if kernel is sequence.forward:
-        # Of a product's columns a thread has two neighbours, and those that are as far apart as all
-        # warps reach; with tiles of 64 rows, all of its row's.
+        # A thread has two neighbouring columns of a product, and those at the stride that all warps
+        # cover; with tiles of 64 rows, all columns of its row.
         several = constants["GATES"] > 1
         constants["LO"] = 2 if several and units < 8 * plan.warps and plan.rows < 64 else 1
     if not target.amd:
-        # A processor has one program: the assembler need not spill to make room for a second.
+        # A processor runs one program: the assembler need not spill to make room for a second.
         constants["maxnreg"] = 255
     counters = torch.zeros(groups, 32, dtype=torch.int32, device=x.device)
     steps = [(0, turns)]
@@ -135,7 +136,7 @@ def _launches(
         steps = [(k, k + 1) for k in range(turns)]
     else:
         parts = ("both",)
-    # No grid may be higher than that.
+    # 65535 is the largest grid.
     wave = max(1, target.programs_at_once // programs) if plan.sync == "grid" else 65535
     for group in range(0, groups, wave):
         for first, end in steps:
@@ -147,59 +148,47 @@ def _launches(
 
 
 def forward(
-    plan: Plan,
-    target: Target,
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    save: bool,
-    run: Run,
+    plan: Plan, target: Target, layer: Layer, x: Tensor, save: bool, run: Run
 ) -> tuple[Tensor, State, Tensor | None]:
-    """As ``fastrnn.backends.Backend.forward``, by a plan; ``saved`` has ``Numbers.H`` units.
+    """As ``fastrnn.backends.LayerBackend.forward``, by a plan.
 
     Args:
-        run: does a launch.
+        run: executes a launch.
     """
-    sizes = numbers(cell, x, weights, batch_sizes, batch)
-    _, N, B, H, P, D, own_H, own_P = sizes
+    sizes = padded_sizes(layer)
+    _, N, B, H_pad, P_pad, D, H, P = sizes
     *leading, I = x.shape
-    G = len(cell.gates)
-    projected = weights[0][4] is not None
+    cell, G, projected = layer.cell, layer.G, layer.projected
     rows = x.flatten(0, -2)
-    gx = x.new_empty(D, N, G * H)
-    for d, (w_ih, *_) in enumerate(weights):
-        torch.mm(rows, padded_gates(cell, w_ih, H, I).t(), out=gx[d])
-    w_hh = _together([padded_gates(cell, w[1], H, P) for w in weights])
-    b_ih, b_hh = (
-        _together([padded_gates(cell, w[k], H) for w in weights])
-        if weights[0][k] is not None
-        else x
-        for k in (2, 3)
-    )
-    w_hr = x
-    if projected:
-        w_hr = _together([padded(w[4], P, H) for w in weights if w[4] is not None])
-    h, s = running(cell, state, sizes, x, torch.float32)
-    hx = x.new_empty(2, D, B, P)
+    gx = x.new_empty(D, N, G * H_pad)
+    for d, w in enumerate(layer.weights):
+        torch.mm(rows, padded_gates(layer, w.ih, H_pad, I).t(), out=gx[d])
+    w_hh = _stacked([padded_gates(layer, w.hh, H_pad, P_pad) for w in layer.weights])
+    b_ih, b_hh, bias = x, x, layer.weights[0].bias_ih is not None
+    if bias:
+        b_ih, b_hh = (
+            _stacked([padded_gates(layer, b, H_pad) for b in biases])
+            for biases in zip(*((w.bias_ih, w.bias_hh) for w in layer.weights), strict=True)
+        )
+    h, s = running_states(layer, layer.state, sizes, x, torch.float32)
+    hx = x.new_empty(2, D, B, P_pad)
     hx[0] = h
-    out = x.new_empty(*leading, D * P)
-    saved = x.new_empty(D, N, cell.saved_slots(projected), H) if save else None
+    out = x.new_empty(*leading, D * P_pad)
+    saved = x.new_empty(layer.saved_shape(H_pad)) if save else None
+    # Arguments that a launch does not need are x.
     tensors = (
         gx,
         w_hh,
         b_ih,
         b_hh,
-        w_hr,
+        _projections(layer, sizes, x),
         hx,
         h,
         s,
-        x.new_empty(D, B, H) if projected else x,
+        x.new_empty(D, B, H_pad) if projected else x,
         out,
         x if saved is None else saved,
-        _offsets(batch_sizes, x),
+        _offsets(layer.rows.batch_sizes, x),
     )
     for launch in _launches(
         plan,
@@ -208,63 +197,60 @@ def forward(
         sizes.T,
         ("cell", "projection") if projected else ("both",),
         sizes,
-        (P, H),
+        (P_pad, H_pad),
         target,
         CELL=CELLS[cell.mode][0],
         GATES=G,
-        SHARED=cell.shared,
+        SUMMED=cell.summed,
         STATES=len(cell.states),
         SAVED=len(cell.saved),
-        BIAS=weights[0][2] is not None,
+        BIAS=bias,
         SAVE=save,
-        PACKED=batch_sizes is not None,
+        PACKED=layer.rows.batch_sizes is not None,
     ):
         run(launch)
-    directions = len(leading) == 2 or batch_sizes is not None
-    return own_rows(out, D, own_P), own_states(h, s, sizes, x.dtype, directions), saved
+    return own_rows(out, sizes), own_states(layer, h, s, sizes, x.dtype), saved
+
+
+def _projections(layer: Layer, sizes: PaddedSizes, x: Tensor) -> Tensor:
+    """W_hr of all directions; x without projection."""
+    w_hr = [padded(w.hr, sizes.P_pad, sizes.H_pad) for w in layer.weights if w.hr is not None]
+    return _stacked(w_hr) if w_hr else x
 
 
 def backward(
     plan: Plan,
     target: Target,
-    cell: Cell,
+    layer: Layer,
     x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
     out: Tensor,
     saved: Tensor,
     dout: Tensor | None,
     dfinal: Sequence[Tensor | None],
     run: Run,
 ) -> tuple[Tensor, State, Tensor | None]:
-    """The recurrence in reverse, by a plan: the fields of ``backends.products.Recurrence``."""
-    sizes = numbers(cell, x, weights, batch_sizes, batch)
-    T, N, B, H, P, D, own_H, own_P = sizes
-    G = len(cell.gates)
-    projected = weights[0][4] is not None
-    w_hh = _together([padded_gates(cell, w[1], H, P) for w in weights])
-    w_hr = x
-    if projected:
-        w_hr = _together([padded(w[4], P, H) for w in weights if w[4] is not None])
-    h0, _ = running(cell, None if state is None else state[:1], sizes, x, torch.float32)
-    dh_n, ds_n = running(cell, dfinal, sizes, x, torch.float32)
-    dpre = x.new_empty(D, N, cell.slots, H)
-    dh = x.new_empty(D, N, P) if projected else None
+    """The recurrence backward, by a plan: the fields of ``backends.products.Recurrence``."""
+    sizes = padded_sizes(layer)
+    T, N, B, H_pad, P_pad, D, H, P = sizes
+    cell, G, projected = layer.cell, layer.G, layer.projected
+    w_hh = _stacked([padded_gates(layer, w.hh, H_pad, P_pad) for w in layer.weights])
+    h0, _ = running_states(layer, layer.state and layer.state[:1], sizes, x, torch.float32)
+    dh_n, ds_n = running_states(layer, dfinal, sizes, x, torch.float32)
+    dpre = x.new_empty(D, N, cell.num_preacts, H_pad)
+    dh = x.new_empty(D, N, P_pad) if projected else None
     tensors = (
         saved,
-        padded_rows(out, D, P),
-        x if dout is None else padded_rows(dout, D, P),
+        padded_rows(out, sizes),
+        x if dout is None else padded_rows(dout, sizes),
         h0.to(x.dtype),
         w_hh,
-        w_hr,
+        _projections(layer, sizes, x),
         x if dh is None else dh,
         dpre,
-        x.new_zeros(2, D, B, G, H),
+        x.new_zeros(2, D, B, G, H_pad),
         dh_n,
         ds_n,
-        _offsets(batch_sizes, x),
+        _offsets(layer.rows.batch_sizes, x),
     )
     for launch in _launches(
         plan,
@@ -273,17 +259,16 @@ def backward(
         T + 1,
         ("product", "cell") if projected else ("both",),
         sizes,
-        (G * H, P),
+        (G * H_pad, P_pad),
         target,
         CELL=CELLS[cell.mode][1],
         GATES=G,
-        SHARED=cell.shared,
+        SUMMED=cell.summed,
         STATES=len(cell.states),
         SAVED=len(cell.saved),
         DOUT=dout is not None,
-        PACKED=batch_sizes is not None,
+        PACKED=layer.rows.batch_sizes is not None,
     ):
         run(launch)
-    directions = out.dim() == 3 or batch_sizes is not None
-    dstate = own_states(dh_n, ds_n, sizes, x.dtype, directions)
-    return dpre[..., :own_H], dstate, None if dh is None else dh[..., :own_P]
+    dstate = own_states(layer, dh_n, ds_n, sizes, x.dtype)
+    return dpre[..., :H], dstate, None if dh is None else dh[..., :P]

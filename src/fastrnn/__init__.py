@@ -1,5 +1,8 @@
 """fastrnn: drop-in recurrent layers for PyTorch on fused kernels.
 
+Public are the names below, and for authors of cells :mod:`fastrnn.cells` and
+:mod:`fastrnn.functional`.
+
 >>> import torch, fastrnn
 >>> lstm = fastrnn.LSTM(input_size=8, hidden_size=16)
 >>> output, (h_n, c_n) = lstm(torch.randn(5, 2, 8))
@@ -11,6 +14,7 @@ from fastrnn import diagnostics, init
 from fastrnn.bptt import tbptt
 from fastrnn.convert import convert, patched, revert
 from fastrnn.dispatch import BackendError, empty_cache, use_backend
+from fastrnn.explain import explain
 from fastrnn.modules import (
     GRU,
     LSTM,
@@ -20,7 +24,6 @@ from fastrnn.modules import (
     RNNBase,
     RNNCell,
     RNNCellBase,
-    explain,
 )
 
 __all__ = [

@@ -152,9 +152,9 @@ def _openmp() -> str:
 
 
 def _info() -> int:
-    from fastrnn.dispatch import BACKENDS, load
+    from fastrnn.dispatch import BACKENDS, load_backend
 
-    modules: dict[str, Any] = {name: load(name) for name in BACKENDS}
+    modules: dict[str, Any] = {name: load_backend(name) for name in BACKENDS}
     missing = {name: module.missing() for name, module in modules.items()}
     missing["numba"] = missing["numba"] or modules["numba"].broken()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -179,7 +179,9 @@ def _info() -> int:
         print(f"GPU         {torch.cuda.get_device_name()}")
     print("backends")
     for name, problem in missing.items():
-        print(f"  {name:<10}{f'cannot run: {problem}' if problem else load(name).describe()}")
+        print(
+            f"  {name:<10}{f'cannot run: {problem}' if problem else load_backend(name).describe()}"
+        )
     return 0
 
 

@@ -1,135 +1,85 @@
-"""One autograd Function behind every cell, direction and backend, and what it does not serve.
+"""One autograd Function for every cell, direction and backend, and when it is used.
 
-A layer is differentiated by its backend's ``backward``. Under vmap it runs once for all samples
-where only input and state differ, and otherwise once for each. What else torch does to functions,
-forward mode and derivatives of derivatives, it does to the reference, which is plain torch.
+A layer is differentiated by its backend's ``backward``. Under vmap it runs once for all samples if
+only input and state differ between them, and otherwise once for each. For forward mode and for
+derivatives of derivatives torch differentiates the reference, which is written in its operators.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
 
 from fastrnn import operators
-from fastrnn.backends import Backend
-from fastrnn.cells import Cell, State, Weights
-from fastrnn.operators import recording, tracing
+from fastrnn.backends import LayerBackend
+from fastrnn.capture import (
+    is_capturing,
+    is_forward_ad,
+    is_jit_tracing,
+    is_transforming,
+    unwrapped,
+)
+from fastrnn.cells import State
+from fastrnn.dispatch import load_layer_backend
+from fastrnn.layer import Layer, filled
 
-__all__ = ["layer", "transformed", "unwrapped"]
-
-PER_DIRECTION = len(Weights.__args__)  # type: ignore[attr-defined]
+__all__ = ["apply_layer"]
 
 
-def layer(
-    backend: Backend,
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-) -> tuple[Tensor, State]:
-    """Run one layer; see :class:`fastrnn.backends.Backend` for the arguments.
+def apply_layer(backend: LayerBackend, layer: Layer, x: Tensor) -> tuple[Tensor, State]:
+    """Run one layer on contiguous ``x``; see :class:`fastrnn.backends.LayerBackend`.
 
-    With no gradient to compute, no Function is entered and nothing is saved.
+    Where no gradient is needed, no Function is entered and nothing is saved.
     """
-    recorded, in_transform = recording(), transformed()
-    if in_transform and not recorded and batch_sizes is not None:
-        batch_sizes = unwrapped("batch_sizes", batch_sizes)
-    if forward_ad._current_level >= 0 or (recorded and in_transform):
-        return _plain(cell, x, weights, state, batch_sizes, batch)
-    if recorded:
-        # A trace may be trained, and is compared with one that is made without gradients.
-        save = tracing() or _differentiable(x, weights, state)
+    capturing, transforming = is_capturing(), is_transforming()
+    if transforming:
+        if not capturing and layer.rows.batch_sizes is not None:
+            sizes = unwrapped("batch_sizes", layer.rows.batch_sizes)
+            rows = layer.rows._replace(batch_sizes=sizes)
+            layer = Layer(layer.cell, rows, layer.weights, layer.state)
+        if capturing or is_forward_ad():
+            return _reference(layer, x)
+    if capturing:
+        # A trace may be trained, and torch compares it with one made without gradients.
+        save = is_jit_tracing() or _differentiable(layer, x)
         name = backend.__name__.rpartition(".")[2]
-        return operators.layer(name, cell, x, weights, state, batch_sizes, batch, save)
-    if in_transform or _differentiable(x, weights, state):
-        call = _Call(backend, cell, batch_sizes, batch, len(weights))
-        tensors: list[Any] = [x, *chain(*weights), *(state or ())]
+        return operators.call_layer_op(name, layer, x, save)
+    if transforming or _differentiable(layer, x):
+        template, tensors = layer.without_tensors(), [x, *layer.tensors()]
         try:
-            out, _, *final = _Layer.apply(call, *tensors)
+            out, _, *final = _LayerForward.apply(backend, template, *tensors)
         except RuntimeError:
-            # What was made in inference mode cannot be saved, but copied it can.
+            # Tensors made in inference mode cannot be saved, but their copies can.
             if not any(t is not None and t.is_inference() for t in tensors):
                 raise
-            tensors = [t.clone() if t is not None and t.is_inference() else t for t in tensors]
-            out, _, *final = _Layer.apply(call, *tensors)
+            copies = [t.clone() if t is not None and t.is_inference() else t for t in tensors]
+            out, _, *final = _LayerForward.apply(backend, template, *copies)
         return out, tuple(final)
-    out, final_state, _ = backend.forward(cell, x, weights, state, batch_sizes, batch, save=False)
-    return out, final_state
+    out, state, _ = backend.forward(layer, x, save=False)
+    return out, state
 
 
-def _plain(
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-) -> tuple[Tensor, State]:
-    """A layer in torch's own operators."""
-    from fastrnn.backends import reference
-
-    out, final, _ = reference.forward(cell, x, weights, state, batch_sizes, batch, save=False)
+def _reference(layer: Layer, x: Tensor) -> tuple[Tensor, State]:
+    """The layer in torch's own operators."""
+    out, final, _ = load_layer_backend("reference").forward(layer, x, save=False)
     return out, final
 
 
-def transformed() -> bool:
-    """Whether tensors may be those of a transform of ``torch.func``, or of forward mode."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def unwrapped(name: str, numbers: Tensor) -> Tensor:
-    """Without what transforms wrap tensors in that are made inside them.
-
-    Raises:
-        RuntimeError: the numbers are not the same for all samples of vmap.
-    """
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(numbers):
-        if functorch.is_batchedtensor(numbers):
-            raise RuntimeError(f"expected {name} that are the same for all samples of vmap")
-        numbers = functorch.get_unwrapped(numbers)
-    return numbers
-
-
-def _differentiable(x: Tensor, weights: Sequence[Weights], state: State | None) -> bool:
+def _differentiable(layer: Layer, x: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     if x.requires_grad:
         return True
-    for direction in weights:
+    for direction in layer.weights:
         for w in direction:
             if w is not None and w.requires_grad:
                 return True
-    return state is not None and any(s.requires_grad for s in state)
-
-
-@dataclass(eq=False, slots=True)
-class _Call:
-    """What no transform looks into."""
-
-    backend: Backend
-    cell: Cell
-    batch_sizes: Tensor | None
-    batch: int
-    D: int
-
-    def weights_and_state(self, tensors: Sequence[Tensor]) -> tuple[list[Weights], State | None]:
-        end = self.D * PER_DIRECTION
-        weights = [
-            cast(Weights, tuple(tensors[k : k + PER_DIRECTION]))
-            for k in range(0, end, PER_DIRECTION)
-        ]
-        return weights, tuple(tensors[end:]) or None
+    return layer.state is not None and any(s.requires_grad for s in layer.state)
 
 
 class _Function(torch.autograd.Function):
@@ -137,25 +87,28 @@ class _Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)  # type: ignore[no-untyped-call]
-        # torch's own also binds arguments to names, which takes longer than a short layer.
+        # torch's own apply also binds arguments to names, which takes longer than a short layer.
         args = unwrap_dead_wrappers(args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-class _Layer(_Function):
-    """The arguments after ``call`` are x, each direction's five weights, and the states if any."""
+class _LayerForward(_Function):
+    """``(backend, template, x, *tensors) -> (out, saved, *final)``.
+
+    The template is the layer without its tensors, which follow in the order of ``Layer.tensors``.
+    """
 
     @staticmethod
-    def forward(call: _Call, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        weights, state = call.weights_and_state(tensors)
-        out, final, saved = call.backend.forward(
-            call.cell, x.contiguous(), weights, state, call.batch_sizes, call.batch, save=True
-        )
+    def forward(
+        backend: LayerBackend, template: Layer, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        layer = template.with_tensors(tensors)
+        out, final, saved = backend.forward(layer, x.contiguous(), save=True)
         return out, cast(Tensor, saved), *final
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, x, *tensors = inputs
+        ctx.backend, ctx.template, x, *tensors = inputs
         out, saved, *_ = output
         ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
@@ -163,41 +116,50 @@ class _Layer(_Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, _: None, *dfinal: Tensor | None) -> Any:
-        _, *needed = ctx.needs_input_grad
+        backend, template = ctx.backend, ctx.template
+        _, _, *needed = ctx.needs_input_grad
         if dout is None and all(g is None for g in dfinal):
-            return None, *(None for _ in needed)
-        if forward_ad._current_level >= 0:
-            x, _, _, *rest = ctx.saved_tensors
-            return None, *_gradients(ctx.call, x, rest, (dout, *dfinal), needed)
-        # Mostly, nobody differentiates again, nor has many gradients at once.
-        again = torch.is_grad_enabled() or transformed()
-        run = _Reverse.apply if again else _Reverse.forward
+            return None, None, *(None for _ in needed)
+        x, out, saved, *tensors = ctx.saved_tensors
+        if is_forward_ad():
+            return None, None, *_gradients(template, x, tensors, (dout, *dfinal), needed)
+        # The usual case: no double backward, and no transform.
+        direct = not torch.is_grad_enabled() and not is_transforming()
+        run = _LayerBackward.forward if direct else _LayerBackward.apply
+        args = (dout, *dfinal, x, out, saved, *tensors)
         try:
-            grads = run(ctx.call, tuple(needed), dout, *dfinal, *ctx.saved_tensors)
+            grads = run(backend, template, tuple(needed), *args)
         except (ValueError, RuntimeError):
             _refuse_batched(dout, *dfinal)
             raise
-        return None, *grads
+        return None, None, *grads
 
     @staticmethod
-    def vmap(info: Any, in_dims: Sequence[Any], call: _Call, *tensors: Tensor) -> Any:
-        weight_dims = in_dims[2 : 2 + call.D * PER_DIRECTION]
-        if call.batch_sizes is not None or any(dim is not None for dim in weight_dims):
-            return _each(_Layer, info, in_dims, call, *tensors)
-        # Samples are sequences like any other.
-        V, B = info.batch_size, call.batch
-        many = _Call(call.backend, call.cell, None, V * B, call.D)
-        out, saved, *final = _Layer.apply(
-            many,
-            *(
-                t if t is None or k in range(1, 1 + len(weight_dims)) else _folded(t, dim, V)
-                for k, (t, dim) in enumerate(zip(tensors, in_dims[1:], strict=True))
-            ),
+    def vmap(
+        info: Any, in_dims: Sequence[Any], backend: LayerBackend, template: Layer, *tensors: Tensor
+    ) -> Any:
+        x, *rest = tensors
+        x_dim, *dims = in_dims[2:]
+        num_weights = len(template.tensors())  # the states follow
+        shared_weights = all(dim is None for dim in dims[:num_weights])
+        rows, V = template.rows, info.batch_size
+        if rows.batch_sizes is not None or not shared_weights:
+            return _each_sample(_LayerForward, info, in_dims, backend, template, *tensors)
+        # The samples become further sequences of one batch.
+        B = rows.B
+        wide = rows._replace(B=V * B, N=V * rows.N)
+        states = zip(rest[num_weights:], dims[num_weights:], strict=True)
+        out, saved, *final = _LayerForward.apply(
+            backend,
+            Layer(template.cell, wide, template.weights, None),
+            _folded(x, x_dim, V),
+            *rest[:num_weights],
+            *(_folded(s, dim, V) for s, dim in states),
         )
-        D, N, *kept = saved.shape
-        rows = saved.view(D, N // max(1, V * B), V, B, *kept).movedim(2, 0).flatten(2, 3)
-        apart = [t.unflatten(-2, (V, B)).movedim(-3, 0) for t in (out, *final)]
-        outputs = (apart[0], rows, *apart[1:])
+        D, N, *saved_sizes = saved.shape
+        saved = saved.view(D, N // max(1, V * B), V, B, *saved_sizes).movedim(2, 0).flatten(2, 3)
+        out, *final = [t.unflatten(-2, (V, B)).movedim(-3, 0) for t in (out, *final)]
+        outputs = (out, saved, *final)
         return outputs, (0,) * len(outputs)
 
 
@@ -207,91 +169,92 @@ def _folded(t: Tensor, dim: int | None, V: int) -> Tensor:
     return t.movedim(0, -3).flatten(-3, -2)
 
 
-class _Reverse(_Function):
-    """The gradients that are needed.
+class _LayerBackward(_Function):
+    """``(backend, template, needed, dout, *dfinal, x, out, saved, *tensors) -> gradients``.
 
-    The arguments after ``needed`` are dout, that of each final state, and what _Layer saved.
+    The gradients that are needed are those of x and ``tensors``; the others are None.
     """
 
     @staticmethod
     def forward(
-        call: _Call, needed: tuple[bool, ...], dout: Tensor | None, *tensors: Any
+        backend: LayerBackend, template: Layer, needed: tuple[bool, ...], *args: Any
     ) -> tuple[Tensor | None, ...]:
-        states = len(call.cell.states)
-        dfinal, (x, out, saved, *rest) = tensors[:states], tensors[states:]
-        weights, state = call.weights_and_state(rest)
-        # Samples of vmap need not lie in a row.
+        (dout, *dfinal), (x, out, saved, *tensors) = _split(template, args)
+        # Samples of vmap need not be contiguous.
         x, out, saved = x.contiguous(), out.contiguous(), saved.contiguous()
-        layer = (call.cell, x, weights, state, call.batch_sizes, call.batch)
+        layer = template.with_tensors(tensors)
         with torch.no_grad():
-            return call.backend.backward(*layer, out, saved, dout, dfinal, needed)
+            return backend.backward(layer, x, out, saved, dout, dfinal, needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.call, ctx.needed, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        _, ctx.template, ctx.needed, *args = inputs
+        ctx.save_for_backward(*args)
 
     @staticmethod
     def backward(ctx: Any, *dgrads: Tensor | None) -> Any:
-        call, states = ctx.call, 1 + len(ctx.call.cell.states)
-        dys, (x, _, _, *rest) = ctx.saved_tensors[:states], ctx.saved_tensors[states:]
-        # What is not there is no argument of a function to differentiate.
-        tensors = (x, *rest, *dys)
-        there = [t is not None for t in tensors]
+        """Double backward: torch differentiates the gradients of the reference."""
+        template, needed = ctx.template, ctx.needed
+        cotangents, (x, _, _, *tensors) = _split(template, ctx.saved_tensors)
+        arguments = (*cotangents, x, *tensors)
+        present = [t is not None for t in arguments]
 
-        def gradients(*arguments: Tensor) -> tuple[Tensor, ...]:
-            values = iter(arguments)
-            x, *others = [cast(Tensor, next(values) if has else None) for has in there]
-            rest, dys = others[:-states], others[-states:]
-            return tuple(g for g in _gradients(call, x, rest, dys, ctx.needed) if g is not None)
+        def gradients(*values: Tensor) -> tuple[Tensor, ...]:
+            cotangents, (x, *tensors) = _split(template, filled(present, values))
+            found = _gradients(template, x, tensors, cotangents, needed)
+            return tuple(g for g in found if g is not None)
 
-        pull = torch.func.vjp(gradients, *(t for t in tensors if t is not None))[1]
-        with _own_dtype(x):
-            found = iter(pull(tuple(g for g in dgrads if g is not None)))
-        dx, *others = [next(found) if has else None for has in there]
-        return None, None, *others[-states:], dx, None, None, *others[:-states]
+        pull = torch.func.vjp(gradients, *(t for t in arguments if t is not None))[1]
+        with _without_autocast(x):
+            grads = pull(tuple(g for g in dgrads if g is not None))
+        dcotangents, (dx, *dtensors) = _split(template, filled(present, grads))
+        return None, None, None, *dcotangents, dx, None, None, *dtensors
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-        return _each(_Reverse, info, in_dims, *args)
+        return _each_sample(_LayerBackward, info, in_dims, *args)
+
+
+def _split(template: Layer, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The cotangents of the output and the final states, and what follows them."""
+    count = 1 + len(template.cell.states)
+    return args[:count], args[count:]
 
 
 def _gradients(
-    call: _Call,
+    template: Layer,
     x: Tensor,
-    rest: Sequence[Tensor],
-    dys: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """What _Reverse computes, in torch's own operators."""
-    there = [t is not None for t in (x, *rest)]
+    """The result of _LayerBackward in torch's own operators."""
+    arguments = (x, *tensors)
+    present = [t is not None for t in arguments]
 
-    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        values = iter(inputs)
-        x, *rest = [cast(Tensor, next(values) if has else None) for has in there]
-        weights, state = call.weights_and_state(rest)
-        out, final = _plain(call.cell, x, weights, state, call.batch_sizes, call.batch)
-        return tuple(y for y, g in zip((out, *final), dys, strict=True) if g is not None)
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        x, *tensors = filled(present, values)
+        out, final = _reference(template.with_tensors(tensors), x)
+        return tuple(y for y, g in zip((out, *final), cotangents, strict=True) if g is not None)
 
-    pull = torch.func.vjp(run, *(t for t in (x, *rest) if t is not None))[1]
-    with _own_dtype(x):
-        found = iter(pull(tuple(g for g in dys if g is not None)))
-    grads = [next(found) if has else None for has in there]
+    pull = torch.func.vjp(run, *(t for t in arguments if t is not None))[1]
+    with _without_autocast(x):
+        grads = filled(present, pull(tuple(g for g in cotangents if g is not None)))
     return [g if need else None for g, need in zip(grads, needed, strict=True)]
 
 
-def _own_dtype(x: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, which would lower the precision of a layer's derivatives."""
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast would lower the precision of a layer's derivatives."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
 
-def _each(
+def _each_sample(
     function: type[torch.autograd.Function], info: Any, in_dims: Sequence[Any], *args: Any
 ) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
-    """A rule for vmap: once for each sample."""
+    """A rule for vmap: one call for each sample."""
 
     def sample(k: int) -> list[Any]:
         return [
@@ -309,6 +272,9 @@ def _each(
 
 
 def _refuse_batched(*grads: Tensor | None) -> None:
-    """No backend knows the tensors of ``is_grads_batched=True``; each fails in its own words."""
+    """Refuse the gradients of ``is_grads_batched=True``, which no backend supports.
+
+    Each backend fails on them with an error of its own.
+    """
     if any(g is not None and "Batched" in str(torch._C._dispatch_keys(g)) for g in grads):
         raise RuntimeError("fastrnn's layers have no batched gradients (is_grads_batched=True)")

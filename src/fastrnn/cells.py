@@ -1,30 +1,31 @@
-r"""The cells: what happens to one hidden unit in one time step, forward and in reverse.
+r"""The cells: what happens to one hidden unit in one time step, forward and backward.
 
-Everything else (the loop over time, the recurrent product, packing, directions, projection) is a
-driver's business. A cell is written once per language; this file is the Python one, and the place
-where the derivations stand.
+Everything else (the loop over time, the recurrent product, packing, directions, projection) is the
+driver's work. A cell is written once per language. This file is the Python one, and the place where
+the derivations stand.
 
-Slots
------
-A layer computes two products a step, ``gx = W_ih x + b_ih`` and ``gh = W_hh h + b_hh``, each with
-one row of H values per *gate*. The leading ``shared`` gates are only ever used as ``gx + gh``; of
-the others the cell wants both parts (the GRU multiplies ``gh_n`` by ``r``). What a cell is given
-are *slots*: first the shared gates, each as the sum; then the x parts of the other gates; then
-their h parts. That is ``slots = 2 * gates - shared`` values per unit, and the cell's reverse
-returns the gradient of the loss with respect to exactly these values: the gradient of ``gx`` is
-then slots ``[0, gates)``, that of ``gh`` slots ``[0, shared)`` and ``[gates, slots)``.
+Pre-activations
+---------------
+A layer computes two products in each step, ``gx = W_ih x + b_ih`` and ``gh = W_hh h + b_hh``, each
+with H values per *gate*. The leading ``summed`` gates only need ``gx + gh``. The other gates need
+both parts: the GRU multiplies ``gh_n`` by ``r``. A cell receives its *pre-activations* in this
+order: the sums of the summed gates, then the x parts of the other gates, then their h parts. These
+are ``num_preacts = 2 * gates - summed`` values per unit, and the cell's backward function returns
+the gradient of the loss with respect to exactly these values. The gradient of ``gx`` is then
+pre-activations ``[0, gates)``, that of ``gh`` is ``[0, summed)`` and ``[gates, num_preacts)``.
 
 Notation: ``s`` is the state before the step and ``y`` the state after it (``s[0]`` and ``y[0]`` are
-h), ``v`` what the forward pass keeps for the reverse, a leading ``d`` a gradient. A driver keeps
-``s[1:]`` too, and hands all of it to ``backward``. With sigma' = sigma (1 - sigma) and
-tanh' = 1 - tanh^2:
+h), ``v`` the values that the forward function saves for the backward one, a leading ``d`` a
+gradient. A driver saves ``s[1:]`` too, and passes all of it to ``backward``. Where h is projected,
+``y[0]`` is the h before the projection, which drivers call ``h_cell``. With sigma' = sigma
+(1 - sigma) and tanh' = 1 - tanh^2:
 
 RNN    ``h' = act(a)``
        ``da = dh' act'``, where act' is ``1 - h'^2`` (tanh) or ``[h' > 0]`` (relu): h' is enough.
 
 LSTM   ``i, f, o = sigma(a_i), sigma(a_f), sigma(a_o); g = tanh(a_g)``
        ``c' = f c + i g; h' = o tanh(c')``
-       With ``t = tanh(c')`` (recomputed, not kept) the whole gradient that reaches c' is
+       With ``t = tanh(c')`` (recomputed, not saved) the whole gradient that reaches c' is
        ``e = dc' + dh' o (1 - t^2)``, and
        ``da_i = e g i (1-i)``, ``da_f = e c f (1-f)``, ``da_g = e i (1-g^2)``,
        ``da_o = dh' t o (1-o)``, ``dc = e f``. h reaches the step only through the product.
@@ -53,23 +54,19 @@ __all__ = [
     "RNN_TANH",
     "Cell",
     "State",
-    "Weights",
     "register",
 ]
 
 Values = Sequence[Tensor]
 
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""``w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H]`` of one direction."""
-
 State = tuple[Tensor, ...]
 """One tensor per state of the cell: ``h [D, B, P]``, and the others ``[D, B, H]``.
 
-Where a call is one step of a cell, they have no D.
+For one step of a cell the dimension D is missing.
 """
 
 
-@dataclass(frozen=True, eq=False)  # a cell is itself alone, and quick to look up
+@dataclass(frozen=True, eq=False)  # compared by identity, which is also a fast hash
 class Cell:
     """The arithmetic of one hidden unit and what a driver must know about it.
 
@@ -78,24 +75,30 @@ class Cell:
 
     Args:
         mode: name of the cell; torch's own ``mode`` where torch has the cell.
-        gates: names of the gates, in the order of their rows in the weights.
-        shared: how many leading gates are used only as ``gx + gh``.
+        gates: names of the gates, in the order of their blocks of H rows in the weights.
+        summed: the number of leading gates that only need ``gx + gh``.
         states: names of the states; the first is h, which is also the output.
-        saved: names of what ``forward`` keeps for ``backward``, besides ``s[1:]``.
-        forward: ``(pre[slots], s[states]) -> (y[states], v[saved])``.
-        backward: ``(v[saved], s[states], h, dy[states]) -> (dpre[slots], ds[states])``, where ``h``
-            is ``y[0]`` of the step, ``ds[0]`` is what reaches the old h other than through the
-            product, and None stands for zero.
+        saved: names of the values that ``forward`` saves for ``backward``, besides ``s[1:]``.
+        forward: ``(pre[num_preacts], s[states]) -> (y[states], v[saved])``.
+        backward: ``(v[saved], s[states], h, dy[states]) -> (dpre[num_preacts], ds[states])``,
+            where ``h`` is ``y[0]`` of the step. ``ds[0]`` is the gradient that reaches the old h
+            other than through the product. None stands for zero.
         projectable: whether ``proj_size`` may be used. A projected h has another size than the
             cell's own output, so such a cell must use neither ``s[0]`` nor ``h``.
+        activations: the activation of each gate, "sigmoid", "tanh" or "relu", in the order of
+            ``gates``. :mod:`fastrnn.diagnostics` reads it for gates that are saved, and for a gate
+            named after the output; an empty tuple excludes the cell from that.
+        keep_gate: the gate that preserves the old state where it is 1, for
+            :func:`fastrnn.init.forget_bias_` and :func:`fastrnn.init.chrono_`.
+        input_gate: the gate that admits new input where it is 1, for :func:`fastrnn.init.chrono_`.
 
     Attributes:
-        state_range: numbers of the states: 0 is h.
+        state_range: indices of the states; 0 is h.
     """
 
     mode: str
     gates: tuple[str, ...]
-    shared: int
+    summed: int
     states: tuple[str, ...]
     saved: tuple[str, ...]
     forward: Callable[[Values, Values], tuple[Values, Values]]
@@ -104,43 +107,56 @@ class Cell:
         tuple[Values, Sequence[Tensor | None]],
     ]
     projectable: bool = False
+    activations: tuple[str, ...] = ()
+    keep_gate: str | None = None
+    input_gate: str | None = None
     state_range: range = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "state_range", range(len(self.states)))
 
     @property
-    def slots(self) -> int:
-        """Values that the two products give to one unit: ``2 * gates - shared``."""
-        return 2 * len(self.gates) - self.shared
+    def num_preacts(self) -> int:
+        """Pre-activations per unit: ``2 * gates - summed``."""
+        return 2 * len(self.gates) - self.summed
 
-    def saved_slots(self, projected: bool) -> int:
-        """Values per unit and step that a driver keeps: ``v``, ``s[1:]``, and m if projected."""
+    def num_saved(self, projected: bool) -> int:
+        """Values per unit and step that a driver saves: ``v``, ``s[1:]``, h_cell if projected."""
         return len(self.saved) + len(self.states) - 1 + projected
 
     def zero_state(self, like: Tensor, leading: Sequence[Any], H: int, P: int) -> State:
-        """The state that stands for none, ``[*leading, P or H]`` each, like a tensor."""
+        """A state of zeros, ``[*leading, P]`` and ``[*leading, H]``, like a tensor."""
         return tuple(like.new_zeros(*leading, H if k else P) for k in self.state_range)
 
 
 CELLS: dict[str, Cell] = {}
-"""Every known cell by its mode: what tests and backends walk."""
+"""Every known cell by its mode. Tests and backends iterate over it."""
 
 
 def register(cell: Cell) -> Cell:
     """Add ``cell`` to :data:`CELLS` and return it.
 
     Raises:
-        ValueError: the mode is taken, or the numbers of the cell contradict each other.
+        ValueError: the mode is taken, or the fields of the cell contradict each other.
     """
     if cell.mode in CELLS:
         raise ValueError(f"a cell with mode {cell.mode!r} is registered already")
-    if not 0 <= cell.shared <= len(cell.gates):
-        raise ValueError(
-            f"{cell.mode}: expected 0 <= shared <= {len(cell.gates)} gates, got {cell.shared}"
-        )
     if not cell.gates or not cell.states:
         raise ValueError(f"{cell.mode}: a cell needs at least one gate and one state")
+    if not 0 <= cell.summed <= len(cell.gates):
+        raise ValueError(
+            f"{cell.mode}: expected 0 <= summed <= {len(cell.gates)} gates, got {cell.summed}"
+        )
+    if cell.activations and len(cell.activations) != len(cell.gates):
+        raise ValueError(
+            f"{cell.mode}: expected one activation for each of {len(cell.gates)} gates, "
+            f"got {len(cell.activations)}"
+        )
+    for gate in (cell.keep_gate, cell.input_gate):
+        if gate is not None and gate not in cell.gates:
+            raise ValueError(
+                f"{cell.mode}: expected one of the gates {', '.join(cell.gates)}, got {gate!r}"
+            )
     CELLS[cell.mode] = cell
     return cell
 
@@ -204,28 +220,55 @@ def _gru_backward(
     return (da_r, da_z, dx_n, dx_n * r), (dy[0] * z,)
 
 
-RNN_TANH = register(Cell("RNN_TANH", ("h",), 1, ("h",), (), _rnn_tanh_forward, _rnn_tanh_backward))
-RNN_RELU = register(Cell("RNN_RELU", ("h",), 1, ("h",), (), _rnn_relu_forward, _rnn_relu_backward))
+RNN_TANH = register(
+    Cell(
+        "RNN_TANH",
+        gates=("h",),
+        summed=1,
+        states=("h",),
+        saved=(),
+        forward=_rnn_tanh_forward,
+        backward=_rnn_tanh_backward,
+        activations=("tanh",),
+    )
+)
+RNN_RELU = register(
+    Cell(
+        "RNN_RELU",
+        gates=("h",),
+        summed=1,
+        states=("h",),
+        saved=(),
+        forward=_rnn_relu_forward,
+        backward=_rnn_relu_backward,
+        activations=("relu",),
+    )
+)
 LSTM = register(
     Cell(
         "LSTM",
         gates=("i", "f", "g", "o"),
-        shared=4,
+        summed=4,
         states=("h", "c"),
         saved=("i", "f", "g", "o"),
         forward=_lstm_forward,
         backward=_lstm_backward,
         projectable=True,
+        activations=("sigmoid", "sigmoid", "tanh", "sigmoid"),
+        keep_gate="f",
+        input_gate="i",
     )
 )
 GRU = register(
     Cell(
         "GRU",
         gates=("r", "z", "n"),
-        shared=2,
+        summed=2,
         states=("h",),
         saved=("r", "z", "n", "h_n"),
         forward=_gru_forward,
         backward=_gru_backward,
+        activations=("sigmoid", "sigmoid", "tanh"),
+        keep_gate="z",
     )
 )

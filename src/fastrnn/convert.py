@@ -1,8 +1,7 @@
-"""Models that were written for torch.nn: their recurrent modules become fastrnn's, and back.
+"""Conversion of models that were written for torch.nn to fastrnn's modules, and back.
 
-A module stays the object that it is and changes its class, so its parameters, hooks and
-parametrisations stay, and so do all references to it, those of tied modules and optimizers among
-them.
+A module stays the same object and changes its class. So its parameters, hooks and parametrisations
+stay, and all references to it remain valid, including those of tied modules and optimizers.
 """
 
 from __future__ import annotations
@@ -35,19 +34,19 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
 def convert(model: Model) -> Model:
-    """Make every recurrent module and cell of torch.nn in ``model`` one of fastrnn's, in place.
+    """Make every recurrent layer and cell of torch.nn in ``model`` the fastrnn one, in place.
 
-    These are ``model`` and its registered submodules at any depth.
+    ``model`` itself and its registered submodules at any depth are converted.
 
     Returns:
         ``model`` itself.
 
     Warns:
-        UserWarning: names what cannot be converted: subclasses, whose methods may rely on torch's
-            own, complex modules, and what ``torch.jit`` has compiled or traced.
+        UserWarning: names the modules that cannot be converted: subclasses, whose methods may rely
+            on torch's, complex modules, and modules that ``torch.jit`` has compiled or traced.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
 
     >>> import torch, fastrnn
     >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.LSTM(4, 8))
@@ -57,23 +56,23 @@ def convert(model: Model) -> Model:
       (1): LSTM(4, 8)
     )
     >>> type(model[1])
-    <class 'fastrnn.modules.LSTM'>
+    <class 'fastrnn.modules.layers.LSTM'>
     """
     return _exchanged(model, _OURS, "convert")
 
 
 def revert(model: Model) -> Model:
-    """Make every module of fastrnn's in ``model`` the one of torch.nn that it stands for, in place.
+    """Make every fastrnn module in ``model`` its counterpart of torch.nn, in place.
 
     Returns:
         ``model`` itself.
 
     Warns:
-        UserWarning: names what cannot be reverted: subclasses, and layers around cells that torch
-            lacks.
+        UserWarning: names the modules that cannot be reverted: subclasses, and layers around cells
+            that torch lacks.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     return _exchanged(model, _THEIRS, "revert")
 
@@ -85,13 +84,13 @@ def _exchanged(model: Model, classes: dict[type[nn.Module], type[nn.Module]], ve
     left = []
     for name, module in model.named_modules():
         own = type(module)
-        if parametrize.is_parametrized(module):  # which gave it a class of its own
+        if parametrize.is_parametrized(module):  # which gives each module a class of its own
             own = own.__bases__[0]
         why = None
         if own in classes and "forward" in vars(module):
             why = "has a forward method of its own"
         elif classes is _OURS and own in classes and _complex(module):
-            why = "is complex, and fastrnn's are not"
+            why = "is complex, which fastrnn does not support"
         elif own in classes:
             _become(module, classes[own])
         elif isinstance(module, torch.jit.ScriptModule):
@@ -101,7 +100,7 @@ def _exchanged(model: Model, classes: dict[type[nn.Module], type[nn.Module]], ve
             if classes is _THEIRS:
                 why = "is a subclass, or has a cell that torch lacks"
         elif classes is _OURS and isinstance(module, nn.RNNBase | nn.RNNCellBase):
-            why = "is a subclass, which may rely on what torch's does inside"
+            why = "is a subclass, which may rely on the inside of torch's class"
         if why:
             left.append(f"{name or 'the model'} ({type(module).__name__}) {why}")
     if left:
@@ -118,7 +117,7 @@ def _become(module: nn.Module, new: type[nn.Module]) -> None:
     if parametrize.is_parametrized(module):
         own = {k: v for k, v in vars(old).items() if k not in ("__dict__", "__weakref__")}
         new = type(f"Parametrized{new.__name__}", (new,), own)
-    # torch's layers keep a list of their weights, ours look them up.
+    # torch's layers keep a list of their weights, fastrnn's look them up.
     vars(module).pop("_flat_weights", None)
     vars(module).pop("_flat_weight_refs", None)
     module.__class__ = new
@@ -128,17 +127,17 @@ def _become(module: nn.Module, new: type[nn.Module]) -> None:
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """Make ``torch.nn.LSTM`` and its siblings fastrnn's inside the block, for others' code.
+    """Replace ``torch.nn.LSTM`` and its siblings by fastrnn's inside the block.
 
-    What has imported them by name before keeps torch's. The block holds for all threads, and blocks
-    may overlap. Inside it torch's layers made before cannot be pickled, nor are they instances of
-    what ``torch.nn.LSTM`` is there.
+    Code that imported the classes by name before the block keeps torch's. The block holds for all
+    threads, and blocks may overlap. Inside it, torch layers made before cannot be pickled, and are
+    not instances of ``torch.nn.LSTM``.
 
     >>> import torch, fastrnn
     >>> with fastrnn.patched():
     ...     model = torch.nn.Sequential(torch.nn.LSTM(4, 8))
     >>> type(model[0])
-    <class 'fastrnn.modules.LSTM'>
+    <class 'fastrnn.modules.layers.LSTM'>
     """
     _patch(+1)
     try:

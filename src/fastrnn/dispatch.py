@@ -1,8 +1,8 @@
-"""Which backend runs a layer: the one asked for, or the first that can.
+"""Which backend runs a layer: the selected one, or the first that can.
 
 An argument beats :func:`use_backend`, which beats the environment variable ``FASTRNN_BACKEND``
-(read once, when fastrnn is imported), which beats the automatic choice. What was asked for by name
-never falls back: if it cannot run, :class:`BackendError` says what is missing.
+(read once, when fastrnn is imported), which beats the automatic choice. A backend that was selected
+by name never falls back: if it cannot run, :class:`BackendError` names the reason.
 """
 
 from __future__ import annotations
@@ -21,31 +21,42 @@ from typing import Any, cast
 
 import torch
 
-from fastrnn.backends import Backend, Choosable, Sizes, Stacks
+from fastrnn.backends import Backend, LayerBackend, StackSizes
 from fastrnn.cells import Cell
 
-__all__ = ["BACKENDS", "BackendError", "Choice", "choose", "empty_cache", "load", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "Choice",
+    "empty_cache",
+    "explain_choice",
+    "load_backend",
+    "load_layer_backend",
+    "resolve_backend",
+    "sizes_matter",
+    "use_backend",
+]
 
 BACKENDS = ("cpp", "numba", "triton", "torch", "reference")
 """Every backend by name, in the order of the automatic choice: the first that does not refuse."""
 
 _environment = os.environ.get("FASTRNN_BACKEND") or None
-_unwarned = Lock()  # whoever takes it warns, and nobody gives it back
+_unwarned = Lock()  # acquired by the first thread that warns, and never released
 _context: ContextVar[str | None] = ContextVar("fastrnn_backend", default=None)
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot run, or none can."""
+    """A backend that was selected by name cannot run, or no backend can."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs and why.
+    """The backend that runs, and why.
 
     Attributes:
         backend: its name.
-        reason: who asked for it, and how it runs here.
-        rejected: the faster backends that cannot, each with the reason.
+        reason: how it was selected, and how it runs here.
+        rejected: the backends earlier in the order, each with the reason why it was not chosen.
     """
 
     backend: str
@@ -59,7 +70,7 @@ class Choice:
 
 
 @cache
-def load(name: str) -> Choosable:
+def load_backend(name: str) -> Backend:
     """The module of a backend.
 
     Raises:
@@ -67,17 +78,29 @@ def load(name: str) -> Choosable:
     """
     if name not in BACKENDS:
         raise ValueError(_unknown(name))
-    return cast(Choosable, import_module(f"fastrnn.backends.{name}"))
+    return cast(Backend, import_module(f"fastrnn.backends.{name}"))
+
+
+def load_layer_backend(name: str) -> LayerBackend:
+    """The module of a backend that runs single layers.
+
+    Raises:
+        ValueError: there is no such backend of that name.
+    """
+    backend = load_backend(name)
+    if backend.kind != "layer":
+        raise ValueError(f"expected a backend that runs single layers, got {name!r}")
+    return backend
 
 
 def empty_cache() -> None:
-    """Give back the memory that backends keep for reuse, as after the one large batch of a day.
+    """Free the memory that backends keep for reuse, e.g. after an unusually large batch.
 
-    What a live graph or a running call holds stays. The next call takes memory anew.
+    Memory that a live graph or a running call uses is not affected. The next call allocates anew.
     """
     for name in BACKENDS:
         if module := sys.modules.get(f"fastrnn.backends.{name}"):
-            cast(Choosable, module).empty_cache()
+            cast(Backend, module).empty_cache()
 
 
 def _unknown(name: str) -> str:
@@ -88,9 +111,9 @@ def _unknown(name: str) -> str:
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every layer called inside the block on one backend; ``None`` undoes an outer block.
 
-    The choice belongs to the thread (or the asyncio task) that enters the block. The backward pass
-    runs where the forward pass ran; but what ``torch.utils.checkpoint`` computes again, it computes
-    when and where the backward pass is called, on a GPU in a thread of autograd's: set
+    The choice holds for the thread (or the asyncio task) that enters the block. The backward pass
+    runs on the backend of the forward pass. ``torch.utils.checkpoint`` is different: it repeats the
+    forward pass when and where the backward pass is called, on a GPU in an autograd thread. Set
     ``FASTRNN_BACKEND`` there.
 
     Raises:
@@ -102,9 +125,9 @@ def use_backend(name: str | None) -> Iterator[None]:
     ...     output, h_n = fastrnn.GRU(3, 4)(torch.randn(5, 2, 3))
     """
     if name is not None:
-        if name not in BACKENDS:  # which need not be something to remember
+        if name not in BACKENDS:  # the name may not be hashable, as load_backend's cache needs
             raise ValueError(_unknown(name))
-        _require(name, load(name).missing())
+        _require(name, load_backend(name).missing())
     token = _context.set(name)
     try:
         yield
@@ -114,44 +137,45 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def _require(name: str, problem: str | None) -> None:
     if problem is not None:
-        raise BackendError(f"the backend {name!r} was asked for and cannot run: {problem}")
+        raise BackendError(f"the backend {name!r} was selected and cannot run: {problem}")
 
 
-def choose(
+def explain_choice(
     cell: Cell,
     dtype: torch.dtype,
     device: torch.device,
     backend: str | None = None,
-    sizes: Sizes | None = None,
+    sizes: StackSizes | None = None,
 ) -> Choice:
-    """Which backend runs ``cell`` on tensors of ``dtype`` on ``device``, and why.
+    """The backend that runs ``cell`` on tensors of ``dtype`` on ``device``, and why.
 
-    On a GPU it also depends on sizes; without them the answer is that for some small layer.
+    Where the choice depends on sizes (see :func:`sizes_matter`), the answer without them is that
+    for some small layer.
 
     Raises:
-        ValueError: the one asked for does not exist.
-        BackendError: the one asked for cannot run this.
+        ValueError: the selected backend does not exist.
+        BackendError: the selected backend cannot run this.
     """
-    return _choose(cell, dtype, device, sizes, *_asked(backend))
+    return _select(cell, dtype, device, sizes, *_requested(backend))
 
 
-def _choose(
+def _select(
     cell: Cell,
     dtype: torch.dtype,
     device: torch.device,
-    sizes: Sizes | None,
+    sizes: StackSizes | None,
     name: str | None,
-    who: str,
+    source: str,
 ) -> Choice:
     if name is not None:
         if name not in BACKENDS:
-            raise ValueError(f"{_unknown(name)}, asked for by {who}")
-        module = load(name)
+            raise ValueError(f"{_unknown(name)}, selected by {source}")
+        module = load_backend(name)
         _require(name, module.missing() or module.refuses(cell, dtype, device, sizes))
-        return Choice(name, f"asked for by {who}; {module.describe()}")
+        return Choice(name, f"selected by {source}; {module.describe()}")
     rejected: dict[str, str] = {}
     for name in BACKENDS:
-        module = load(name)
+        module = load_backend(name)
         problem = module.missing() or module.refuses(cell, dtype, device, sizes, automatic=True)
         if problem is None:
             return Choice(name, f"automatic choice; {module.describe()}", rejected)
@@ -161,7 +185,8 @@ def _choose(
     )
 
 
-def _asked(backend: str | None) -> tuple[str | None, str]:
+def _requested(backend: str | None) -> tuple[str | None, str]:
+    """The name of the selected backend, and where it was selected."""
     if backend is not None:
         return backend, "the argument backend="
     context = _context.get()
@@ -171,43 +196,43 @@ def _asked(backend: str | None) -> tuple[str | None, str]:
 
 
 @lru_cache(maxsize=4096)
-def _chosen(
+def _select_cached(
     cell: Cell,
     dtype: torch.dtype,
     device: torch.device,
-    sizes: Sizes | None,
+    sizes: StackSizes | None,
     name: str | None,
-    who: str,
-    setting: object,
-) -> Backend | Stacks:
-    choice = _choose(cell, dtype, device, sizes, name, who)
+    source: str,
+    precision: object,
+) -> Backend:
+    choice = _select(cell, dtype, device, sizes, name, source)
     if name is None and device.type == "cpu":
         _warn_without_extension()
-    return cast("Backend | Stacks", load(choice.backend))
+    return load_backend(choice.backend)
 
 
 def _warn_without_extension() -> None:
-    problem = load("cpp").missing()
+    problem = load_backend("cpp").missing()
     if problem is None or not _unwarned.acquire(blocking=False):
         return
-    numba: Any = load("numba")
+    numba: Any = load_backend("numba")
     fused = numba.missing() is None and numba.broken() is None
     warnings.warn(
         f"fastrnn runs without its C++ backend: {problem}. "
         + (
-            "The Numba backend stands in for it, or torch's own operators, and both are slower"
+            "The Numba backend or torch's own operators run in its place, and both are slower"
             if fused
-            else "`pip install fastrnn[numba]` brings fused kernels that need no compiler; until "
-            "then torch's own operators run"
+            else "`pip install fastrnn[numba]` adds fused kernels that need no compiler; without "
+            "them torch's own operators run"
         )
-        + "; `python -m fastrnn info` says more",
+        + "; see `python -m fastrnn info`",
         RuntimeWarning,
         stacklevel=_level_of_caller(),
     )
 
 
 def _level_of_caller() -> int:
-    """How far up whoever called a layer is, for a warning of the function that asks."""
+    """The stack level of the first frame outside fastrnn and torch, for ``stacklevel=``."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
         "fastrnn",
@@ -219,23 +244,26 @@ def _level_of_caller() -> int:
 
 @cache
 def sizes_matter(on_cpu: bool) -> bool:
-    """Whether a choice may depend on sizes: the C++ backend is the fastest at all of them."""
-    return not on_cpu or load("cpp").missing() is not None
+    """Whether the choice may depend on sizes: not with C++ on a CPU, the fastest at all of them."""
+    return not on_cpu or load_backend("cpp").missing() is not None
 
 
-def pick(
+def resolve_backend(
     cell: Cell,
     dtype: torch.dtype,
     device: torch.device,
-    sizes: Sizes | None,
+    sizes: StackSizes | None,
     backend: str | None,
-) -> Backend | Stacks:
-    """The module that :func:`choose` names; remembered, since every call asks."""
-    setting = None if device.type == "cpu" else _precision()
-    return _chosen(cell, dtype, device, sizes, *_asked(backend), setting)
+) -> Backend:
+    """The module that :func:`explain_choice` names, from a cache, since every call asks."""
+    precision = None if device.type == "cpu" else cudnn_precision()
+    return _select_cached(cell, dtype, device, sizes, *_requested(backend), precision)
 
 
-def _precision() -> object:
-    """Of float32 RNNs on a GPU, on which a choice depends; before torch 2.9 of all cuDNN."""
+def cudnn_precision() -> object:
+    """The precision of float32 RNNs in cuDNN, on which a choice depends.
+
+    torch before 2.9 has one setting for all of cuDNN.
+    """
     cudnn = torch.backends.cudnn
     return getattr(getattr(cudnn, "rnn", None), "fp32_precision", None) or cudnn.allow_tf32

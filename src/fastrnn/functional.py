@@ -1,27 +1,27 @@
-"""Layers as functions of their weights: the stack of layers and directions, and one cell step.
+"""Layers as functions of their weights: a stack of layers and directions, and one cell step.
 
-The modules check what their user passed and in torch's words; what backends rely on is checked
-here, whoever calls.
+The modules check their user's arguments in torch's words. Everything that backends rely on is
+checked here, for every caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn import onnx
-from fastrnn.autograd import layer, transformed
-from fastrnn.backends import Backend, Sizes, Stacks
-from fastrnn.cells import CELLS, Cell, State, Weights
-from fastrnn.checks import check_batch_sizes, check_layer, check_stack, check_state
-from fastrnn.dispatch import load, pick, sizes_matter
-from fastrnn.operators import recording, tracing
+from fastrnn.autograd import apply_layer
+from fastrnn.backends import Backend, LayerBackend, StackSizes
+from fastrnn.capture import is_capturing, is_jit_tracing, is_onnx_exporting, is_transforming
+from fastrnn.cells import CELLS, Cell, State
+from fastrnn.dispatch import load_backend, load_layer_backend, resolve_backend, sizes_matter
+from fastrnn.layer import Layer, Rows, Weights, castable, check_state, to_dtype
 
-__all__ = ["autocast_dtype", "rnn", "sizes_of", "step"]
+__all__ = ["autocast_dtype", "rnn", "run_stack", "stack_sizes", "step"]
 
 
 def rnn(
@@ -40,9 +40,7 @@ def rnn(
     Args:
         cell: one of :data:`fastrnn.cells.CELLS`.
         input: ``[T, B, I]``, or with ``batch_sizes`` the rows of a packed batch, ``[N, I]``.
-        weights: ``weights[layer][direction]``, each ``(w_ih, w_hh, b_ih, b_hh, w_hr)`` with shapes
-            ``[G*H, I]``, ``[G*H, P]``, ``[G*H]``, ``[G*H]``, ``[P, H]``, G being the number of
-            gates; no biases and no projection are None.
+        weights: ``weights[layer][direction]``, with the shapes of :class:`fastrnn.layer.Weights`.
         hx: the initial state, one tensor per state of the cell: h ``[L*D, B, P]``, the others
             ``[L*D, B, H]``, for L layers of D directions. None is zero.
         batch_sizes: as in :class:`torch.nn.utils.rnn.PackedSequence`: int64, on the CPU.
@@ -50,7 +48,8 @@ def rnn(
             zeroed, if ``training``.
         backend: name of the backend; None for the choice of :mod:`fastrnn.dispatch`.
 
-    Under autocast all of real floating-point dtypes but float64 is first cast to autocast's dtype.
+    Under autocast, tensors of all real floating-point dtypes but float64 are first cast to
+    autocast's dtype.
 
     Returns:
         The output ``[T, B, D*P]`` (packed: ``[N, D*P]``) and the final state, shaped like ``hx``.
@@ -59,42 +58,43 @@ def rnn(
         ValueError: the rank of the input or the dtype of batch_sizes is wrong, or the backend is
             unknown.
         RuntimeError: sizes, dtypes or devices do not fit together, or T = 0.
-        fastrnn.BackendError: the backend that was asked for cannot run this.
+        fastrnn.BackendError: the selected backend cannot run this.
     """
     if (dtype := autocast_dtype(input)) is not None:
-        weights = [[_to(dtype, direction) for direction in layer] for layer in weights]
-        input, hx = input.to(dtype), None if hx is None else _to(dtype, hx)
-    if batch_sizes is None:
-        if input.dim() != 3:
-            raise ValueError(f"expected an input of 3 dimensions [T, B, I], got {input.dim()}")
-        T, batch, _ = input.shape
-        if T == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
-    else:
-        if input.dim() != 2:
-            raise ValueError(f"expected packed rows of 2 dimensions [N, I], got {input.dim()}")
-        batch = check_batch_sizes(batch_sizes, input.shape[0])
-        T = len(batch_sizes)
-    run = _pick(cell, input, weights, batch, T, batch_sizes is not None, backend)
-    if run.STACKS:
-        if not onnx.exporting():  # where sizes are tensors
-            check_stack(cell, input, weights, hx, batch_sizes, batch)
-        return cast(Stacks, run).rnn(
-            cell, input, weights, hx, batch_sizes, batch, dropout, training
-        )
-    run = cast(Backend, run)
+        weights = [[Weights(*to_dtype(dtype, w)) for w in directions] for directions in weights]
+        input, hx = input.to(dtype), None if hx is None else to_dtype(dtype, hx)
+    rows = Rows.of(input, batch_sizes)
+    run = _backend(cell, input, weights, rows, backend)
+    if run.kind == "stack":
+        layers = [Layer(cell, rows, directions, None) for directions in weights]
+        if not is_onnx_exporting():  # where sizes are tensors
+            _check_stack(layers, input, hx)
+        return run.run_stack(layers, input, hx, dropout, training)
+    one_layer = partial(_run_layer, run)
+    return run_stack(one_layer, cell, rows, weights, input, hx, dropout if training else 0.0)
+
+
+def run_stack(
+    run_layer: Callable[[Layer, Tensor], tuple[Tensor, State]],
+    cell: Cell,
+    rows: Rows,
+    weights: Sequence[Sequence[Weights]],
+    x: Tensor,
+    hx: State | None,
+    dropout: float,
+) -> tuple[Tensor, State]:
+    """Run one layer after the other by a function of a layer and its input."""
     if len(weights) == 1:
-        return _layer(run, cell, input, weights[0], hx, batch_sizes, batch)
+        return run_layer(Layer(cell, rows, weights[0], hx), x)
     D = len(weights[0])
     if hx is not None:
-        check_state(cell, hx, (len(weights) * D, batch), weights[0][0], input)
-    x = input
+        check_state(cell, hx, (len(weights) * D, rows.B), weights[0][0], x)
     finals: list[State] = []
     for k, directions in enumerate(weights):
         if k and dropout:
-            x = F.dropout(x, dropout, training)
+            x = F.dropout(x, dropout)
         state = None if hx is None else tuple(s[k * D : (k + 1) * D] for s in hx)
-        x, final = _layer(run, cell, x, directions, state, batch_sizes, batch)
+        x, final = run_layer(Layer(cell, rows, directions, state), x)
         finals.append(final)
     return x, tuple(map(torch.cat, zip(*finals, strict=True)))
 
@@ -102,7 +102,7 @@ def rnn(
 def step(
     cell: Cell, input: Tensor, hx: State | None, weights: Weights, *, backend: str | None = None
 ) -> State:
-    """Run one step of one cell: the time loop at T = 1.
+    """Run one step of one cell: the loop over time at T = 1.
 
     Args:
         cell: one of :data:`fastrnn.cells.CELLS`.
@@ -118,86 +118,72 @@ def step(
         ValueError, RuntimeError, fastrnn.BackendError: as :func:`rnn`.
     """
     if (dtype := autocast_dtype(input)) is not None:
-        weights = _to(dtype, weights)
-        input, hx = input.to(dtype), None if hx is None else _to(dtype, hx)
-    if input.dim() != 2:
-        raise ValueError(f"expected an input of 2 dimensions [B, I], got {input.dim()}")
-    batch = input.shape[0]
-    run = _pick(cell, input, ((weights,),), batch, 1, False, backend)
-    if run.STACKS:
-        if not onnx.exporting():
-            check_layer(cell, input, (weights,), hx, None, batch)
-        return cast(Stacks, run).step(cell, input, hx, weights)
-    return _layer(cast(Backend, run), cell, input, (weights,), hx, None, input.shape[0])[1]
+        weights = Weights(*to_dtype(dtype, weights))
+        input, hx = input.to(dtype), None if hx is None else to_dtype(dtype, hx)
+    rows = Rows.of_one_step(input)
+    directions = (weights,)
+    run = _backend(cell, input, (directions,), rows, backend)
+    layer = Layer(cell, rows, directions, hx)
+    if run.kind == "stack":
+        if not is_onnx_exporting():
+            layer.check(input)
+        return run.run_step(layer, input)
+    return _run_layer(run, layer, input)[1]
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """What autocast runs a layer in, here and now; None if it leaves the input as it is."""
-    if not torch._C._is_any_autocast_enabled() or not _castable(input):
+    """The dtype in which autocast runs a layer here and now; None if it keeps the input's."""
+    if not torch._C._is_any_autocast_enabled() or not castable(input):
         return None
     device = input.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _castable(t: Tensor) -> bool:
-    return t.dtype.is_floating_point and t.dtype is not torch.float64
-
-
-def _to(dtype: torch.dtype, tensors: Sequence[Any]) -> Any:
-    return tuple([t.to(dtype) if t is not None and _castable(t) else t for t in tensors])
-
-
-def sizes_of(
-    cell: Cell,
-    input: Tensor,
-    weights: Sequence[Sequence[Weights]],
-    batch: int,
-    steps: int = 1,
-    packed: bool = False,
-) -> Sizes:
-    """The sizes of a stack that :mod:`fastrnn.dispatch` may ask for."""
-    w_hh, w_hr = weights[0][0][1], weights[0][0][4]
-    return Sizes(
+def stack_sizes(
+    cell: Cell, input: Tensor, weights: Sequence[Sequence[Weights]], rows: Rows
+) -> StackSizes:
+    """The sizes on which a choice of :mod:`fastrnn.dispatch` may depend."""
+    w = weights[0][0]
+    return StackSizes(
         len(weights),
         len(weights[0]),
-        batch,
+        rows.B,
         input.shape[-1],
-        w_hh.shape[:1].numel() // len(cell.gates),
-        0 if w_hr is None else w_hr.shape[0],
-        packed,
-        steps == 1,
+        w.hh.shape[:1].numel() // len(cell.gates),
+        0 if w.hr is None else w.hr.shape[0],
+        rows.batch_sizes is not None,
+        rows.T == 1,
     )
 
 
-def _pick(
+def _backend(
     cell: Cell,
     input: Tensor,
     weights: Sequence[Sequence[Weights]],
-    batch: int,
-    steps: int,
-    packed: bool,
+    rows: Rows,
     backend: str | None,
-) -> Backend | Stacks:
-    if recording():
-        if onnx.exporting():
-            onnx.check(weights[0][0])
-            # A trace has torch's operators, of which its exporter knows the ONNX ones.
-            traced = tracing() or not onnx.knows(cell)
-            return cast("Backend | Stacks", load("torch" if traced else "reference"))
-        w_hh, w_hr = weights[0][0][1], weights[0][0][4]
-        proj_size = 0 if w_hr is None else w_hr.shape[0]
-        layers = (len(weights), len(weights[0]), w_hh.shape[0] // len(cell.gates), proj_size)
+) -> Backend:
+    """The backend of a call; see the table in :mod:`fastrnn.capture`."""
+    if is_capturing():
+        w = weights[0][0]
+        if is_onnx_exporting():
+            onnx.check(w)
+            # The exporter that traces knows the ONNX equivalents of torch's own operators.
+            traced = is_jit_tracing() or not onnx.knows(cell)
+            return load_backend("torch" if traced else "reference")
+        proj_size = 0 if w.hr is None else w.hr.shape[0]
+        layers = (len(weights), len(weights[0]), w.hh.shape[0] // len(cell.gates), proj_size)
         compiled = torch.compiler.is_compiling()
-        return _recorded(cell.mode, input.dtype, input.device.type, backend, *layers, compiled)
-    sizes = None
-    if sizes_matter(input.is_cpu):
-        sizes = sizes_of(cell, input, weights, batch, steps, packed)
-    run = pick(cell, input.dtype, input.device, sizes, backend)
-    # torch's own operators have no rule for vmap, and not all of them one for forward mode.
-    return cast(Backend, load("reference")) if run.STACKS and transformed() else run
+        return _captured_backend(
+            cell.mode, input.dtype, input.device.type, backend, *layers, compiled
+        )
+    sizes = stack_sizes(cell, input, weights, rows) if sizes_matter(input.is_cpu) else None
+    run = resolve_backend(cell, input.dtype, input.device, sizes, backend)
+    # torch's own operators have no rule for vmap, and some have none for forward mode.
+    return load_backend("reference") if run.kind == "stack" and is_transforming() else run
 
 
-def _recorded(
+def _captured_backend(
     mode: str,
     dtype: torch.dtype,
     device: str,
@@ -207,31 +193,40 @@ def _recorded(
     hidden_size: int,
     proj_size: int,
     compiled: bool,
-) -> Backend | Stacks:
-    """The choice where batches and times may be symbols; no compiler need see how it is made."""
-    load("reference")  # the same goes for its import
-    sizes = Sizes(layers, directions, 1, hidden_size, hidden_size, proj_size, compiled=compiled)
-    return pick(CELLS[mode], dtype, torch.device(device), sizes, backend)
+) -> Backend:
+    """The choice where batch sizes and lengths may be symbols.
+
+    A compiler does not trace into it, nor into the import of the reference.
+    """
+    load_layer_backend("reference")
+    sizes = StackSizes(
+        layers, directions, 1, hidden_size, hidden_size, proj_size, compiled=compiled
+    )
+    return resolve_backend(CELLS[mode], dtype, torch.device(device), sizes, backend)
 
 
 # As torch.compiler.assume_constant_result, which imports the compiler.
-_recorded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_captured_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _layer(
-    run: Backend,
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-) -> tuple[Tensor, State]:
-    if not run.CHECKS or x.layout is not torch.strided or x.dtype.itemsize == 2:
-        check_layer(cell, x, weights, state, batch_sizes, batch)
+def _run_layer(backend: LayerBackend, layer: Layer, x: Tensor) -> tuple[Tensor, State]:
+    # Lazy validation: a backend that validates costs a correct call nothing here. Where it fails,
+    # the check is repeated for an error in the words of this package.
+    if not backend.VALIDATES or x.layout is not torch.strided or x.dtype.itemsize == 2:
+        layer.check(x)
     try:
-        return layer(run, cell, x.contiguous(), weights, state, batch_sizes, batch)
+        return apply_layer(backend, layer, x.contiguous())
     except (ValueError, IndexError):
-        # It says it in the words of our caller.
-        check_layer(cell, x, weights, state, batch_sizes, batch)
+        layer.check(x)
         raise
+
+
+def _check_stack(layers: Sequence[Layer], input: Tensor, hx: State | None) -> None:
+    x = input
+    for layer in layers:
+        layer.check(x)
+        x = input.new_empty(0, sum(w.hh.shape[1] for w in layer.weights))
+    if hx is not None:
+        first = layers[0]
+        leading = (len(layers) * first.D, first.rows.B)
+        check_state(first.cell, hx, leading, first.weights[0], input)

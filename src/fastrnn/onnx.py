@@ -1,7 +1,7 @@
-"""A layer as the operator of ONNX's that does the same, for ``torch.onnx.export(dynamo=True)``.
+"""A layer as the ONNX operator that computes the same, for ``torch.onnx.export(dynamo=True)``.
 
-torch's own decomposition fixes the sizes of the example and unrolls an RNN over time; the operator
-has any length and batch. Source: the ONNX operators RNN, GRU and LSTM, version 22.
+torch's own decomposition fixes the sizes of the example and unrolls an RNN over time. The operator
+takes any length and batch. Source: the ONNX operators RNN, GRU and LSTM, version 22.
 """
 
 from __future__ import annotations
@@ -12,49 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.cells import Cell, State, Weights
+from fastrnn.cells import Cell, State
+from fastrnn.layer import Layer, Weights
 
-__all__ = ["check", "exporting", "knows", "layer"]
+__all__ = ["check", "emit_node", "knows"]
 
-# ONNX's order of the gates by cells.py's names, and what else sets a node apart.
+# ONNX's order of the gates, by the names of cells.py.
 _GATES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "zrn", "LSTM": "iofg"}
 
 
-def exporting() -> bool:
-    """Whether an exporter of either kind records."""
-    return torch.onnx.is_in_onnx_export()
-
-
-# As torch.compiler.assume_constant_result: the compiler itself would say that nobody exports.
-exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def knows(cell: Cell) -> bool:
-    """Whether ONNX has the cell, and this torch a way to ask for it (2.8 or later)."""
+    """Whether ONNX has the cell, and this torch can emit its operator (2.8 or later)."""
     return cell.mode in _GATES and hasattr(torch.onnx, "ops")
 
 
 def check(weights: Weights) -> None:
-    """Refuse what ONNX does not know, for either exporter.
+    """Refuse what ONNX does not have, for either exporter.
 
     Raises:
         RuntimeError: the layer is projected.
     """
-    if weights[4] is not None:
+    if weights.hr is not None:
         raise RuntimeError("ONNX has no operator for an LSTM with projections (proj_size)")
 
 
-def layer(
-    cell: Cell, x: Tensor, weights: Sequence[Weights], state: State | None
-) -> tuple[Tensor, State]:
-    """As :func:`fastrnn.autograd.layer`."""
-    T, B, _ = x.shape
-    D, H = len(weights), weights[0][1].shape[1]
-    w_ih, w_hh, b_ih, b_hh, _ = zip(*weights, strict=True)
+def emit_node(layer: Layer, x: Tensor) -> tuple[Tensor, State]:
+    """As :func:`fastrnn.autograd.apply_layer`."""
+    cell, (T, B, _) = layer.cell, x.shape
+    D, H = layer.D, layer.P
+    ih, hh, bias_ih, bias_hh, _ = zip(*layer.weights, strict=True)
     bias = None
-    if b_ih[0] is not None:
-        bias = torch.cat([_stacked(cell, b_ih), _stacked(cell, b_hh)], 1)
-    inputs = [x, _stacked(cell, w_ih), _stacked(cell, w_hh), bias, None, *(state or ())]
+    if bias_ih[0] is not None:
+        bias = torch.cat([_stacked(cell, bias_ih), _stacked(cell, bias_hh)], 1)
+    inputs = [x, _stacked(cell, ih), _stacked(cell, hh), bias, None, *(layer.state or ())]
     attributes: dict[str, Any] = {
         "hidden_size": H,
         "direction": "bidirectional" if D == 2 else "forward",

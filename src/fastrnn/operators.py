@@ -1,285 +1,199 @@
-"""A layer and its reverse as operators of torch, for whatever records operators.
+"""A layer and its backward pass as operators of torch, for graphs that capture operators.
 
-Compilers, exporters and tracers cannot look into a backend. They get ``torch.ops.fastrnn.layer``
-and ``torch.ops.fastrnn.reverse``, of which torch knows the sizes of the results and the derivative.
-Otherwise layers do without: an operator takes its time.
+Compilers, exporters and tracers cannot look into a backend. They see ``torch.ops.fastrnn.layer``
+and ``torch.ops.fastrnn.layer_backward``, of which torch knows the shapes of the results and the
+derivative. Eager layers do not use them: the call of an operator takes time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastrnn import onnx
-from fastrnn.backends import Backend
-from fastrnn.cells import CELLS, Cell, State, Weights
-from fastrnn.checks import check_batch_sizes, check_layer
-from fastrnn.dispatch import load
+from fastrnn.capture import is_exporting, is_forward_ad, is_jit_tracing, is_onnx_exporting
+from fastrnn.cells import CELLS, State
+from fastrnn.dispatch import load_layer_backend
+from fastrnn.layer import Layer, Rows, Weights, filled
 
-__all__ = ["exporting", "layer", "recording", "tracing"]
+__all__ = ["call_layer_op"]
 
 _library = torch.library.Library("fastrnn", "DEF")
-# The weights of a direction that are there, after each other.
+# `weights` holds the weights of each direction in turn, without those that are None.
 _LAYER = (
     "str backend, str mode, Tensor x, Tensor[] weights, bool bias, bool projected, Tensor[] state, "
     "Tensor? batch_sizes"
 )
 _library.define(f"layer({_LAYER}, bool save) -> Tensor[]")
 _library.define(
-    f"reverse({_LAYER}, Tensor out, Tensor saved, Tensor dout, Tensor[] dfinal, bool[] needed)"
-    " -> Tensor[]"
+    f"layer_backward({_LAYER}, Tensor out, Tensor saved, Tensor dout, Tensor[] dfinal, "
+    "bool[] needed) -> Tensor[]"
 )
 
 
-def tracing() -> bool:
-    """Whether ``torch.jit.trace`` records."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+class _Arguments(NamedTuple):
+    """The arguments that both operators begin with."""
+
+    backend: str
+    mode: str
+    x: Tensor
+    weights: list[Tensor]
+    bias: bool
+    projected: bool
+    state: list[Tensor]
+    batch_sizes: Tensor | None
+
+    def layer(self, rows: Rows) -> Layer:
+        present = (True, True, self.bias, self.bias, self.projected)
+        count = sum(present)
+        weights = [
+            Weights(*filled(present, self.weights[k : k + count]))
+            for k in range(0, len(self.weights), count)
+        ]
+        return Layer(CELLS[self.mode], rows, weights, tuple(self.state) or None)
+
+    def symbolic_layer(self) -> Layer:
+        """The layer without a look at values, which a graph does not have while it is captured."""
+        if self.batch_sizes is None:
+            T, B, _ = self.x.shape
+            return self.layer(Rows(T, B, T * B))
+        T, B = self.batch_sizes.shape[0], self.state[0].shape[1]
+        return self.layer(Rows(T, B, self.x.shape[0], self.batch_sizes))
 
 
-def exporting() -> bool:
-    """Whether ``torch.export`` records; torch before 2.7 does not say."""
-    ask = getattr(torch.compiler, "is_exporting", None)
-    return ask is not None and ask()
-
-
-def recording() -> bool:
-    """Whether operators are recorded, or their results only described."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def layer(
-    backend: str,
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    save: bool,
-) -> tuple[Tensor, State]:
-    """As :func:`fastrnn.autograd.layer`; ``save`` if a gradient may be asked for."""
-    if batch_sizes is None and x.dim() == 2:
-        # A cell's step is a layer of one, so that what was recorded of a layer never is a step.
+def call_layer_op(backend: str, layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State]:
+    """As :func:`fastrnn.autograd.apply_layer`; ``save`` if a gradient may be needed."""
+    cell, rows, state = layer.cell, layer.rows, layer.state
+    if rows.one_step:
+        # A step becomes a layer of one step, so that a captured layer never runs as a step.
         state = None if state is None else tuple(s.unsqueeze(0) for s in state)
-        _, final = layer(backend, cell, x.unsqueeze(0), weights, state, None, batch, save)
+        sequence = Layer(cell, Rows(1, rows.B, rows.B), layer.weights, state)
+        _, final = call_layer_op(backend, sequence, x.unsqueeze(0), save)
         final = tuple(s.squeeze(0) for s in final)
         return final[0], final
-    if onnx.exporting():
-        return onnx.layer(cell, x, weights, state)
-    _, w_hh, b_ih, _, w_hr = weights[0]
-    H, P = w_hh.shape[0] // len(cell.gates), w_hh.shape[1]
-    if state is None and batch_sizes is not None:
-        # Nothing else tells how many sequences there are, without a look at numbers. A trace is to
-        # look itself.
-        sequences = batch_sizes[0] if tracing() else batch
-        state = cell.zero_state(x, (len(weights), sequences), H, P)
-    elif state is None and exporting():
-        # AOTInductor cannot pass on a list of nothing.
-        state = cell.zero_state(x, (len(weights), batch), H, P)
-    there = [w for w in chain(*weights) if w is not None]
+    if is_onnx_exporting():
+        return onnx.emit_node(layer, x)
+    if state is None and rows.batch_sizes is not None:
+        # The state tells the number of sequences without a look at values. A trace reads it anew.
+        B = rows.batch_sizes[0] if is_jit_tracing() else rows.B
+        state = cell.zero_state(x, (layer.D, B), layer.H, layer.P)
+    elif state is None and is_exporting():
+        # AOTInductor cannot pass an empty list.
+        state = layer.zero_state(x)
     out, _, *final = torch.ops.fastrnn.layer(
         backend,
         cell.mode,
         x,
-        there,
-        b_ih is not None,
-        w_hr is not None,
+        [w for direction in layer.weights for w in direction if w is not None],
+        layer.weights[0].bias_ih is not None,
+        layer.projected,
         list(state or ()),
-        batch_sizes,
+        rows.batch_sizes,
         save,
     )
     return out, tuple(final)
 
 
-def _batch(x: Tensor, state: Sequence[Tensor], batch_sizes: Tensor | None) -> int:
-    return x.shape[1] if batch_sizes is None else state[0].shape[1]
-
-
-def _directions(weights: Sequence[Tensor], bias: bool, projected: bool) -> list[Weights]:
-    has = (True, True, bias, bias, projected)
-    count = sum(has)
-    directions = []
-    for k in range(0, len(weights), count):
-        values = iter(weights[k : k + count])
-        directions.append(cast(Weights, tuple(next(values) if here else None for here in has)))
-    return directions
-
-
 def _refuse_tangents() -> None:
     """They would be lost: an operator has none."""
-    if forward_ad._current_level >= 0:
-        raise RuntimeError("a recorded layer of fastrnn's has no forward mode")
+    if is_forward_ad():
+        raise RuntimeError("a captured fastrnn layer does not support forward-mode AD")
 
 
-def _run(
-    backend: str,
-    mode: str,
-    x: Tensor,
-    weights: list[Tensor],
-    bias: bool,
-    projected: bool,
-    state: list[Tensor],
-    batch_sizes: Tensor | None,
-    save: bool,
-) -> list[Tensor]:
+def _run(*args: Any) -> list[Tensor]:
     _refuse_tangents()
-    # What was checked when the layer was recorded need not hold now.
-    rank = 3 if batch_sizes is None else 2
-    if x.dim() != rank:
-        raise RuntimeError(f"expected an input of {rank} dimensions, as recorded, got {x.dim()}")
-    batch = x.shape[1] if batch_sizes is None else check_batch_sizes(batch_sizes, len(x))
-    if len(x) == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
-    directions, initial = _directions(weights, bias, projected), tuple(state) or None
-    module = cast(Backend, load(backend))
-    if not module.CHECKS or x.dtype.itemsize == 2:
-        check_layer(CELLS[mode], x, directions, initial, batch_sizes, batch)
-    out, final, saved = module.forward(
-        CELLS[mode], x.contiguous(), directions, initial, batch_sizes, batch, save=save
-    )
-    return [out, x.new_empty(0) if saved is None else saved, *final]
+    *arguments, save = args
+    a = _Arguments(*arguments)
+    # The checks made during capture need not hold for this input.
+    rank = 3 if a.batch_sizes is None else 2
+    if a.x.dim() != rank:
+        raise RuntimeError(f"expected an input of {rank} dimensions, as captured, got {a.x.dim()}")
+    layer, backend = a.layer(Rows.of(a.x, a.batch_sizes)), load_layer_backend(a.backend)
+    if not backend.VALIDATES or a.x.dtype.itemsize == 2:
+        layer.check(a.x)
+    out, final, saved = backend.forward(layer, a.x.contiguous(), save=save)
+    return [out, a.x.new_empty(0) if saved is None else saved, *final]
 
 
-def _shapes(
-    backend: str,
-    mode: str,
-    x: Tensor,
-    weights: list[Tensor],
-    bias: bool,
-    projected: bool,
-    state: list[Tensor],
-    batch_sizes: Tensor | None,
-    save: bool,
-) -> list[Tensor]:
-    cell, D = CELLS[mode], len(_directions(weights, bias, projected))
-    rows, P = weights[1].shape
-    H = rows // len(cell.gates)
+def _fake(*args: Any) -> list[Tensor]:
+    *arguments, save = args
+    a = _Arguments(*arguments)
+    layer, x = a.symbolic_layer(), a.x
+    out = x.new_empty(*x.shape[:-1], layer.D * layer.P)
     saved = x.new_empty(0)
     if save:
-        module = cast(Backend, load(backend))
-        units = -(-H // module.MULTIPLE) * module.MULTIPLE
-        N = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
-        dtype = torch.float32 if module.WIDE and x.dtype.itemsize == 2 else x.dtype
-        saved = x.new_empty(D, N, cell.saved_slots(projected), units, dtype=dtype)
-    batch = _batch(x, state, batch_sizes)
-    final = [x.new_empty(D, batch, H if k else P) for k in cell.state_range]
-    return [x.new_empty(*x.shape[:-1], D * P), saved, *final]
+        shape, dtype = load_layer_backend(a.backend).saved_spec(layer, x.dtype)
+        saved = x.new_empty(shape, dtype=dtype)
+    states = [(*layer.leading, layer.H if k else layer.P) for k in layer.cell.state_range]
+    return [out, saved, *(x.new_empty(shape) for shape in states)]
 
 
-def _run_reverse(
-    backend: str,
-    mode: str,
-    x: Tensor,
-    weights: list[Tensor],
-    bias: bool,
-    projected: bool,
-    state: list[Tensor],
-    batch_sizes: Tensor | None,
-    out: Tensor,
-    saved: Tensor,
-    dout: Tensor,
-    dfinal: list[Tensor],
-    needed: list[bool],
-) -> list[Tensor]:
+def _run_backward(*args: Any) -> list[Tensor]:
     _refuse_tangents()
-    directions = _directions(weights, bias, projected)
-    # Of x, of each direction's five weights, there or not, and of the states.
-    flags = iter(needed)
-    x_needed = next(flags)
-    each = [w is not None and next(flags) for w in chain(*directions)]
-    grads = cast(Backend, load(backend)).backward(
-        CELLS[mode],
-        x.contiguous(),
-        directions,
-        tuple(state) or None,
-        batch_sizes,
-        _batch(x, state, batch_sizes),
-        out,
-        saved,
-        dout,
-        dfinal,
-        (x_needed, *each, *flags),
+    *arguments, out, saved, dout, dfinal, needed = args
+    a = _Arguments(*arguments)
+    layer, x = a.symbolic_layer(), a.x
+    # `needed` has a flag for each tensor that is present, a backend expects one for each field.
+    present = [True, *(t is not None for t in layer.tensors())]
+    flags = [bool(flag) for flag in filled(present, needed)]
+    grads = load_layer_backend(a.backend).backward(
+        layer, x.contiguous(), out, saved, dout, dfinal, flags
     )
     return [g for g in grads if g is not None]
 
 
-def _shapes_reverse(
-    backend: str,
-    mode: str,
-    x: Tensor,
-    weights: list[Tensor],
-    bias: bool,
-    projected: bool,
-    state: list[Tensor],
-    batch_sizes: Tensor | None,
-    out: Tensor,
-    saved: Tensor,
-    dout: Tensor,
-    dfinal: list[Tensor],
-    needed: list[bool],
-) -> list[Tensor]:
-    inputs = zip((x, *weights, *state), needed, strict=True)
+def _fake_backward(*args: Any) -> list[Tensor]:
+    *arguments, _, _, _, _, needed = args
+    a = _Arguments(*arguments)
+    inputs = zip((a.x, *a.weights, *a.state), needed, strict=True)
     return [t.new_empty(t.shape) for t, need in inputs if need]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    backend, mode, x, weights, bias, projected, state, batch_sizes, ctx.saved = inputs
-    ctx.layer = backend, mode, bias, projected
-    ctx.weights = len(weights)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *arguments, ctx.save = inputs
+    a = _Arguments(*arguments)
+    ctx.options = a.backend, a.mode, a.bias, a.projected
+    ctx.num_weights = len(a.weights)
     out, saved, *_ = output
     ctx.mark_non_differentiable(saved)
-    ctx.save_for_backward(x, batch_sizes, out, saved, *weights, *state)
+    ctx.save_for_backward(a.x, a.batch_sizes, out, saved, *a.weights, *a.state)
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    if not ctx.saved:
-        raise RuntimeError("this layer was recorded where no gradient was needed, and has none")
-    x, batch_sizes, out, saved, *tensors = ctx.saved_tensors
-    backend, mode, bias, projected = ctx.layer
-    W = ctx.weights
-    weights, state = tensors[:W], tensors[W:]
-    dout, _, *dfinal = grads
-    _, _, x_needed, weights_needed, _, _, state_needed, *_ = ctx.needs_input_grad
-    needed = [x_needed, *weights_needed, *state_needed]
-    found = iter(
-        torch.ops.fastrnn.reverse(
-            backend,
-            mode,
-            x,
-            weights,
-            bias,
-            projected,
-            state,
-            batch_sizes,
-            out,
-            saved,
-            dout,
-            dfinal,
-            needed,
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    if not ctx.save:
+        raise RuntimeError(
+            "this layer was captured without gradients (under no_grad, or with frozen parameters): "
+            "capture it again with gradients to train it"
         )
+    x, batch_sizes, out, saved, *tensors = ctx.saved_tensors
+    backend, mode, bias, projected = ctx.options
+    weights, state = tensors[: ctx.num_weights], tensors[ctx.num_weights :]
+    dout, _, *dfinal = grads
+    a = _Arguments(backend, mode, x, weights, bias, projected, state, batch_sizes)
+    _, _, needs_x, needs_weights, _, _, needs_state, *_ = ctx.needs_input_grad
+    needed = [needs_x, *needs_weights, *needs_state]
+    result = torch.ops.fastrnn.layer_backward(*a, out, saved, dout, dfinal, needed)
+    dx, *dtensors = filled(needed, result)
+    dweights, dstate = dtensors[: ctx.num_weights], dtensors[ctx.num_weights :]
+    return None, None, dx, dweights, None, None, dstate, None, None
+
+
+def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "double backward through a captured fastrnn layer (torch.compile, torch.export, "
+        "torch.jit.trace) is not supported"
     )
-    dx, *rest = [next(found) if need else None for need in needed]
-    return None, None, dx, rest[:W], None, None, rest[W:], None, None
 
 
-def _refuse(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("a recorded layer of fastrnn's has no derivatives of derivatives")
-
-
-for _name, _function, _fake in (
-    ("layer", _run, _shapes),
-    ("reverse", _run_reverse, _shapes_reverse),
+for _name, _function, _fake_function in (
+    ("layer", _run, _fake),
+    ("layer_backward", _run_backward, _fake_backward),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastrnn::{_name}", _fake, lib=_library)
-torch.library.register_autograd("fastrnn::layer", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("fastrnn::reverse", _refuse, lib=_library)
+    torch.library.register_fake(f"fastrnn::{_name}", _fake_function, lib=_library)
+torch.library.register_autograd(
+    "fastrnn::layer", _backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("fastrnn::layer_backward", _refuse_double_backward, lib=_library)

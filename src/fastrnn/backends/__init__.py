@@ -1,18 +1,15 @@
 """The contract between a backend and everything above it.
 
-A backend is a module with the functions of :class:`Backend`, or, where torch has the operator, of
-:class:`Stacks`. The former runs one layer, all its directions at once, over rows in time-major
-order: the rows of step 0, then those of step 1, and so on. In a
-dense batch every step has B rows; in a packed one step t has ``batch_sizes[t]``, longest sequences
-first, as in :class:`torch.nn.utils.rnn.PackedSequence`. Direction 1 runs backward in time.
+A backend is a module with the functions of :class:`LayerBackend`, or, where torch has the operator,
+of :class:`StackBackend`. The former runs one :class:`~fastrnn.layer.Layer`, all its directions at
+once. Direction 1 is the reverse direction, from the last step of each sequence to the first.
 
-Backends may rely on a contiguous ``x``, and unless they say that they check for themselves, on what
-:mod:`fastrnn.functional` has checked: shapes, one dtype, one device. Sizes: T steps, N rows in all,
-B rows at the widest step, D directions, input size I, hidden size H, and P, the size of h, which is
-H unless the layer is projected.
+Backends may rely on a contiguous ``x`` and, unless they validate themselves, on
+:meth:`fastrnn.layer.Layer.check`: shapes, one dtype, one device. Sizes are those of
+:mod:`fastrnn.layer`.
 
-Backends are imported by :mod:`fastrnn.dispatch` when first chosen and never from here: an import of
-Triton or Numba costs more than torch's own.
+Backends are imported by :mod:`fastrnn.dispatch` when first chosen, and never from here: importing
+Triton or Numba takes longer than importing torch.
 """
 
 from __future__ import annotations
@@ -22,14 +19,23 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, get_num_threads, set_num_threads
 
-from fastrnn.cells import Cell, State, Weights
+from fastrnn.cells import Cell, State
+from fastrnn.layer import Layer
 
-__all__ = ["Backend", "Gradients", "Sizes", "Stacks", "installed", "one_thread_in_a_child"]
+__all__ = [
+    "Backend",
+    "Gradients",
+    "LayerBackend",
+    "StackBackend",
+    "StackSizes",
+    "installed",
+    "one_thread_in_a_child",
+]
 
 _in_a_child = False
 
@@ -44,15 +50,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def one_thread_in_a_child() -> None:
-    """OpenMP's threads do not survive a fork, and torch would wait for them for ever."""
+    """Limit torch to one thread after a fork, which OpenMP's threads do not survive.
+
+    torch would otherwise wait for them for ever.
+    """
     if _in_a_child and get_num_threads() > 1:
         set_num_threads(1)
 
 
-# Metadata is a file to find and parse, and use_backend asks at every entry.
+# Reading metadata means finding and parsing a file, and use_backend asks at every entry.
 @cache
 def installed(*packages: str) -> tuple[int, ...] | None:
-    """The version of the first that is installed, without its import; None if none says so."""
+    """The version of the first package that is installed, without importing it, or None."""
     for name in packages:
         try:
             return tuple(map(int, re.findall(r"\d+", version(name))[:2]))
@@ -62,14 +71,17 @@ def installed(*packages: str) -> tuple[int, ...] | None:
 
 
 Gradients = tuple[Tensor | None, ...]
-"""Of x, of each direction's five weights, and of the states if there are any; None: not needed."""
+"""The gradients of x, of each field of each direction's weights, and of the states if any.
+
+None where a gradient is not needed.
+"""
 
 
-class Sizes(NamedTuple):
-    """What a choice of backend may depend on besides the cell, the dtype and the device.
+class StackSizes(NamedTuple):
+    """The sizes of a stack of layers, on which a choice of backend may depend.
 
-    ``compiled``: for the graph of a compiler or of ``torch.export``, which has a layer as one
-    operator of ours, so that torch's own are no alternative, however fast.
+    ``compiled``: whether the stack is part of a graph of a compiler or of ``torch.export``. Such a
+    graph has each layer as one operator of fastrnn, so torch's own operators are not available.
     """
 
     layers: int
@@ -83,108 +95,92 @@ class Sizes(NamedTuple):
     compiled: bool = False
 
 
-class Choosable(Protocol):
-    """What every module in :mod:`fastrnn.backends` offers.
-
-    Attributes:
-        STACKS: whether it is one of :class:`Stacks`, or else a :class:`Backend`.
-    """
+class _Module(Protocol):
+    """What every module in :mod:`fastrnn.backends` offers."""
 
     __name__: str
-    STACKS: bool
 
     def missing(self) -> str | None:
-        """What is missing for the backend to run at all on this machine; None if nothing."""
+        """The reason why the backend cannot run on this machine at all, or None."""
 
     def refuses(
         self,
         cell: Cell,
         dtype: torch.dtype,
         device: torch.device,
-        sizes: Sizes | None = None,
+        sizes: StackSizes | None = None,
         automatic: bool = False,
     ) -> str | None:
-        """Why the backend cannot run this cell on such tensors; None if it can.
+        """The reason why the backend cannot run this cell on such tensors, or None.
 
-        With ``automatic``, also why the next one is the better choice.
+        With ``automatic``, also the reason why the next backend is the better choice.
         """
 
     def empty_cache(self) -> None:
-        """Give back the memory that is kept from call to call."""
+        """Free the memory that is kept from call to call."""
 
     def describe(self) -> str:
         """A few words on how it runs here, for ``explain`` and bug reports."""
 
 
-class Stacks(Choosable, Protocol):
+class StackBackend(_Module, Protocol):
     """A backend that runs whole stacks of layers, and that torch differentiates."""
 
-    def rnn(
+    kind: Literal["stack"]
+
+    def run_stack(
         self,
-        cell: Cell,
-        input: Tensor,
-        weights: Sequence[Sequence[Weights]],
+        layers: Sequence[Layer],
+        x: Tensor,
         hx: State | None,
-        batch_sizes: Tensor | None,
-        batch: int,
         dropout: float,
         training: bool,
     ) -> tuple[Tensor, State]:
-        """As :func:`fastrnn.functional.rnn`."""
+        """Run layers without a state of their own, as :func:`fastrnn.functional.rnn`."""
 
-    def step(self, cell: Cell, input: Tensor, hx: State | None, weights: Weights) -> State:
-        """As :func:`fastrnn.functional.step`."""
+    def run_step(self, layer: Layer, x: Tensor) -> State:
+        """Run one step of a cell, as :func:`fastrnn.functional.step`."""
 
 
-class Backend(Choosable, Protocol):
-    """A backend that runs one layer, forward and in reverse.
+class LayerBackend(_Module, Protocol):
+    """A backend that runs one layer, forward and backward.
 
     Attributes:
-        CHECKS: whether ``forward`` itself raises ValueError where the weights and the state do not
-            fit together and ``x``, in size, dtype or device. Otherwise functional checks first.
-        MULTIPLE: of what the hidden size of ``saved`` is a multiple; it is the next one of H.
-        WIDE: whether ``saved`` is float32 where the tensors are of 16 bits.
+        VALIDATES: whether ``forward`` itself raises ValueError where the weights, the state and
+            ``x`` do not fit together in size, dtype or device. Otherwise the caller checks first.
     """
 
-    CHECKS: bool
-    MULTIPLE: int
-    WIDE: bool
+    kind: Literal["layer"]
+    VALIDATES: bool
 
-    def forward(
-        self,
-        cell: Cell,
-        x: Tensor,
-        weights: Sequence[Weights],
-        state: State | None,
-        batch_sizes: Tensor | None,
-        batch: int,
-        save: bool,
-    ) -> tuple[Tensor, State, Tensor | None]:
-        """Run a layer: ``x [*, I]`` to ``out [*, D*P]``, the final state, and what is saved.
+    def forward(self, layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor | None]:
+        """Run a layer: ``x [*, I]`` to ``out [*, D*P]``, the final state, and the saved tensor.
 
-        ``*`` is ``T, B`` in a dense batch, ``B`` alone for one step of a cell, and ``N`` in a
-        packed batch.
-
-        ``state=None`` is a zero state. ``saved`` has the shape ``[D, N, cell.saved_slots, H]``: v,
-        s[1:] before the step, and the cell's own output m if projected; None unless ``save``.
+        ``*`` is ``T, B`` in a dense batch, ``N`` in a packed one, and ``B`` for one step of a cell.
+        The saved tensor is as :meth:`saved_spec` says, or None unless ``save``.
         """
 
     def backward(
         self,
-        cell: Cell,
+        layer: Layer,
         x: Tensor,
-        weights: Sequence[Weights],
-        state: State | None,
-        batch_sizes: Tensor | None,
-        batch: int,
         out: Tensor,
         saved: Tensor,
         dout: Tensor | None,
         dfinal: Sequence[Tensor | None],
         needed: Sequence[bool],
     ) -> Gradients:
-        """Run the layer in reverse: the gradients that are ``needed``, in the order of the result.
+        """Compute the gradients that are ``needed``, in the order of the result.
 
         None in ``dout`` or ``dfinal`` stands for zero. A backend in Python runs the recurrence and
         leaves the rest to :mod:`fastrnn.backends.products`.
         """
+
+    def saved_spec(self, layer: Layer, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+        """The shape and the dtype of the saved tensor, for an input of ``dtype``.
+
+        The shape is ``[D, N, num_saved, units]``, with the H units of the layer, or more.
+        """
+
+
+Backend = LayerBackend | StackBackend

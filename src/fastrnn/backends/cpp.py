@@ -7,13 +7,20 @@ import math
 import sysconfig
 from collections.abc import Sequence
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, Sizes, one_thread_in_a_child
-from fastrnn.backends.products import NARROW, backward_in_float32, forward_in_float32
-from fastrnn.cells import Cell, State, Weights
+from fastrnn.backends import Gradients, StackSizes, one_thread_in_a_child
+from fastrnn.backends.products import (
+    HALF_DTYPES,
+    backward_in_float32,
+    forward_in_float32,
+    saved_dtype,
+)
+from fastrnn.cells import Cell, State
+from fastrnn.layer import Layer
 
 # torch is imported above, so that the extension finds torch's OpenMP runtime loaded and shares it.
 try:
@@ -23,28 +30,26 @@ except ImportError as error:
     if importlib.util.find_spec("fastrnn._cpp") is None:
         _missing = "fastrnn was installed without its extension fastrnn._cpp"
         if sysconfig.get_config_var("Py_GIL_DISABLED"):
-            _missing += ", which relies on the lock that this free-threaded Python does without"
+            _missing += (
+                ": free-threaded builds of Python are not supported, because it requires the GIL"
+            )
 else:
     _missing = None
 
 __all__ = [
-    "CHECKS",
-    "MULTIPLE",
-    "STACKS",
-    "WIDE",
+    "VALIDATES",
     "backward",
     "describe",
     "empty_cache",
     "forward",
+    "kind",
     "missing",
     "refuses",
+    "saved_spec",
 ]
 
-
-CHECKS = True
-MULTIPLE = 1
-STACKS = False
-WIDE = True
+kind: Literal["layer"] = "layer"
+VALIDATES = True
 
 
 def missing() -> str | None:
@@ -53,17 +58,17 @@ def missing() -> str | None:
 
 @cache
 def _index(cell: Cell) -> int:
-    """Where the extension keeps a cell; -1 if it lacks it or knows another of that name."""
-    numbers = (
+    """The index of a cell in the extension; -1 if it lacks the cell or has another of that name."""
+    info = (
         cell.mode,
         len(cell.gates),
-        cell.shared,
+        cell.summed,
         len(cell.states),
         len(cell.saved),
         cell.projectable,
     )
     known = _cpp.cells()
-    return known.index(numbers) if numbers in known else -1
+    return known.index(info) if info in known else -1
 
 
 @cache
@@ -84,13 +89,13 @@ def refuses(
     cell: Cell,
     dtype: torch.dtype,
     device: torch.device,
-    sizes: Sizes | None = None,
+    sizes: StackSizes | None = None,
     automatic: bool = False,
 ) -> str | None:
     if device.type != "cpu":
         return f"expected tensors on the CPU, got {device}"
-    if dtype not in (torch.float32, torch.float64, *NARROW):
-        return f"expected 16-bit numbers, torch.float32 or torch.float64, got {dtype}"
+    if dtype not in (torch.float32, torch.float64, *HALF_DTYPES):
+        return f"expected a 16-bit dtype, torch.float32 or torch.float64, got {dtype}"
     if _index(cell) < 0:
         return f"the extension has no cell {cell.mode} like this one"
     return None
@@ -106,56 +111,46 @@ def describe() -> str:
     return f"fused C++, {isa()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def forward(
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    save: bool,
-) -> tuple[Tensor, State, Tensor | None]:
-    if x.dtype in NARROW:
-        return forward_in_float32(forward, cell, x, weights, state, batch_sizes, batch, save)
+def saved_spec(layer: Layer, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    return layer.saved_shape(layer.H), saved_dtype(dtype)
+
+
+def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor | None]:
+    if x.dtype in HALF_DTYPES:
+        return forward_in_float32(forward, layer, x, save)
     return _cpp.forward(
         isa(),
-        _index(cell),
+        _index(layer.cell),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
-        batch_sizes,
+        layer.rows.batch_sizes,
         x,
-        tuple(weights),
-        state,
+        tuple(layer.weights),
+        layer.state,
         save,
     )
 
 
 def backward(
-    cell: Cell,
+    layer: Layer,
     x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
     out: Tensor,
     saved: Tensor,
     dout: Tensor | None,
     dfinal: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> Gradients:
-    if x.dtype in NARROW:
-        return backward_in_float32(
-            backward, cell, x, weights, state, batch_sizes, batch, out, saved, dout, dfinal, needed
-        )
+    if x.dtype in HALF_DTYPES:
+        return backward_in_float32(backward, layer, x, out, saved, dout, dfinal, needed)
     return _cpp.backward(
         isa(),
-        _index(cell),
+        _index(layer.cell),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
-        batch_sizes,
+        layer.rows.batch_sizes,
         x,
-        tuple(weights),
-        state,
+        tuple(layer.weights),
+        layer.state,
         out,
         saved,
         dout,
@@ -164,23 +159,23 @@ def backward(
     )
 
 
-# Smaller tensors come from memory that the allocator has mapped already.
+# In bytes. Smaller tensors come from memory that the allocator has mapped already.
 LARGE = 1 << 20
 
 
 def _large(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised tensor in memory that the extension keeps for reuse.
 
-    It goes back when the last reference to the tensor goes: for what a backward pass needs, with
-    the graph that holds it.
+    The memory is returned with the last reference to the tensor. A tensor that a backward pass
+    needs is returned with the graph that holds it.
     """
     count = math.prod(shape)
     scratch = _cpp.Scratch(count * like.element_size())
-    # In place, since a view could not be detached in place nor edited inside a Function.
+    # Resized in place: a view could not be detached in place nor edited inside a Function.
     return torch.frombuffer(scratch, dtype=like.dtype, count=count).resize_(shape)
 
 
 if _missing is None:
     _cpp.make_large(LARGE, _large)
-    # The extension itself sees only a fork that comes after it is loaded.
+    # The extension itself only sees a fork that comes after it is loaded.
     one_thread_in_a_child()

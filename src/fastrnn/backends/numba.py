@@ -1,6 +1,6 @@
-"""The Numba backend: kernels/numba/, float32 and float64 on a CPU, with no compiler and no wheel.
+"""The Numba backend: kernels/numba/, float32 and float64 on a CPU, without a C++ compiler or wheel.
 
-What is compiled is kept in files, so that a second process starts without compiling.
+Compiled kernels are cached in files, so that a second process starts without compiling.
 """
 
 from __future__ import annotations
@@ -9,44 +9,48 @@ import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, Sizes, installed, one_thread_in_a_child
+from fastrnn.backends import Gradients, StackSizes, installed, one_thread_in_a_child
 from fastrnn.backends.products import (
-    NARROW,
+    HALF_DTYPES,
     Recurrence,
     backward_in_float32,
     check_saved,
     forward_in_float32,
     gradients,
     in_own_dtype,
+    saved_dtype,
 )
-from fastrnn.cells import Cell, State, Weights
+from fastrnn.cells import Cell, State
 from fastrnn.kernels.numba import MODES
+from fastrnn.kernels.padding import padded_sizes
+from fastrnn.layer import Layer
 
 __all__ = [
-    "CHECKS",
-    "MULTIPLE",
-    "STACKS",
-    "WIDE",
+    "VALIDATES",
     "backward",
     "broken",
     "describe",
     "empty_cache",
     "forward",
+    "kind",
     "missing",
     "refuses",
+    "saved_spec",
 ]
 
-CHECKS = False
-MULTIPLE = 16
-STACKS = False
-WIDE = True
+kind: Literal["layer"] = "layer"
+VALIDATES = False
 
-MOST_UNITS, MOST_HIDDEN = 512, 32
-"""Of all sequences together, and of each, where torch has oneDNN's LSTM (docs/performance.md)."""
+MAX_UNITS, MAX_HIDDEN = 512, 32
+"""Units of all sequences together, and of each, beyond which torch's oneDNN LSTM is faster.
+
+Source: docs/performance.md.
+"""
 
 
 def missing() -> str | None:
@@ -62,25 +66,25 @@ def refuses(
     cell: Cell,
     dtype: torch.dtype,
     device: torch.device,
-    sizes: Sizes | None = None,
+    sizes: StackSizes | None = None,
     automatic: bool = False,
 ) -> str | None:
     if device.type != "cpu":
         return f"expected tensors on the CPU, got {device}"
-    if dtype not in (torch.float32, torch.float64, *NARROW):
-        return f"expected 16-bit numbers, torch.float32 or torch.float64, got {dtype}"
+    if dtype not in (torch.float32, torch.float64, *HALF_DTYPES):
+        return f"expected a 16-bit dtype, torch.float32 or torch.float64, got {dtype}"
     if cell.mode not in MODES:
         return f"there is no kernel for the cell {cell.mode}"
     if automatic and sizes is not None and not sizes.compiled:
         if sizes.one_step:
-            return "one step is two products and a few operators in torch"
+            return "torch is faster at one step: two products and a few operators"
         dense = not sizes.packed and not sizes.proj_size
         if cell.mode == "LSTM" and dtype is torch.float32 and dense:
             units = sizes.batch * sizes.hidden_size
-            if units > MOST_UNITS or sizes.hidden_size > MOST_HIDDEN:
+            if units > MAX_UNITS or sizes.hidden_size > MAX_HIDDEN:
                 return (
-                    f"torch's oneDNN is mostly faster at dense float32 LSTMs of more than "
-                    f"{MOST_HIDDEN} units, or {MOST_UNITS} in a batch"
+                    f"torch's oneDNN is usually faster at dense float32 LSTMs of more than "
+                    f"{MAX_HIDDEN} units, or {MAX_UNITS} in a batch"
                 )
     return broken()
 
@@ -95,7 +99,7 @@ def describe() -> str:
 
 
 def _launch() -> ModuleType:
-    """kernels/numba/launch.py, with threads of torch's that are there."""
+    """kernels/numba/launch.py, with no more threads than torch has in this process."""
     from fastrnn.kernels.numba import launch
 
     one_thread_in_a_child()
@@ -105,52 +109,38 @@ def _launch() -> ModuleType:
 
 @cache
 def broken() -> str | None:
-    """Why Numba cannot be used after all; the answer takes its import."""
+    """The reason why importing Numba fails, or None. Asking imports it."""
     try:
         from fastrnn.kernels.numba import launch  # noqa: F401
-    except Exception as error:  # of Numba's own, about whatever it does not like here
+    except Exception as error:  # Numba raises errors of many types on import
         return f"numba cannot be used: {error}"
     return None
 
 
+def saved_spec(layer: Layer, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    return layer.saved_shape(padded_sizes(layer).H_pad), saved_dtype(dtype)
+
+
 @in_own_dtype
-def forward(
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    save: bool,
-) -> tuple[Tensor, State, Tensor | None]:
-    if x.dtype in NARROW:
-        return forward_in_float32(forward, cell, x, weights, state, batch_sizes, batch, save)
-    result: tuple[Tensor, State, Tensor | None] = _launch().forward(
-        cell, x, weights, state, batch_sizes, batch, save
-    )
+def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor | None]:
+    if x.dtype in HALF_DTYPES:
+        return forward_in_float32(forward, layer, x, save)
+    result: tuple[Tensor, State, Tensor | None] = _launch().forward(layer, x, save)
     return result
 
 
 @in_own_dtype
 def backward(
-    cell: Cell,
+    layer: Layer,
     x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
     out: Tensor,
     saved: Tensor,
     dout: Tensor | None,
     dfinal: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> Gradients:
-    if x.dtype in NARROW:
-        return backward_in_float32(
-            backward, cell, x, weights, state, batch_sizes, batch, out, saved, dout, dfinal, needed
-        )
-    layer = (cell, x, weights, state, batch_sizes, batch, out)
-    check_saved(*layer, saved)
-    recurrence = Recurrence(*_launch().backward(*layer, saved, dout, dfinal))
-    own = saved[..., : recurrence.dpre.shape[-1]]
-    return gradients(*layer, own, needed, recurrence)
+    if x.dtype in HALF_DTYPES:
+        return backward_in_float32(backward, layer, x, out, saved, dout, dfinal, needed)
+    check_saved(layer, x, out, saved, saved_spec(layer, x.dtype)[0])
+    recurrence = Recurrence(*_launch().backward(layer, x, out, saved, dout, dfinal))
+    return gradients(layer, x, out, saved[..., : layer.H], needed, recurrence)

@@ -1,9 +1,9 @@
-"""What backends written in Python share: above all the part of a gradient that is no recurrence.
+"""What backends written in Python share: above all the non-recurrent gradients.
 
 With the gradients ``dgx`` and ``dgh`` of the two products of all rows,
 
     dx    = dgx W_ih        dW_ih = dgx^T x         db_ih = sum dgx
-    dW_hr = dh^T m          dW_hh = dgh^T h_before  db_hh = sum dgh
+    dW_hr = dh^T h_cell     dW_hh = dgh^T h_before  db_hh = sum dgh
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastrnn.backends import Gradients
-from fastrnn.cells import Cell, State, Weights
-from fastrnn.kernels.padding import numbers
-from fastrnn.rows import previous
+from fastrnn.cells import State
+from fastrnn.layer import Layer, to_dtype
 
 __all__ = [
-    "NARROW",
+    "HALF_DTYPES",
     "Recurrence",
     "backward_in_float32",
     "check_saved",
     "forward_in_float32",
     "gradients",
     "in_own_dtype",
+    "saved_dtype",
 ]
 
 
@@ -37,7 +37,10 @@ _R = TypeVar("_R")
 
 
 def in_own_dtype(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Autocast would lower the precision of the products, and the definition's with it."""
+    """Disable autocast inside a backend's function, whose second argument is x.
+
+    It would lower the precision of the products, and change the definition of correct.
+    """
 
     @wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -49,39 +52,54 @@ def in_own_dtype(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-NARROW = frozenset({torch.float16, torch.bfloat16})
-"""What a CPU computes in float32, rounding only the results; what is saved stays as it is."""
+HALF_DTYPES = frozenset({torch.float16, torch.bfloat16})
+"""The dtypes that a CPU computes in float32. Only results are rounded; saved tensors are not."""
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the saved tensor on a CPU."""
+    return torch.float32 if dtype in HALF_DTYPES else dtype
 
 
 def forward_in_float32(
-    forward: Callable[..., tuple[Tensor, State, Tensor | None]], cell: Cell, x: Tensor, *rest: Any
+    forward: Callable[..., tuple[Tensor, State, Tensor | None]],
+    layer: Layer,
+    x: Tensor,
+    save: bool,
 ) -> tuple[Tensor, State, Tensor | None]:
     """A backend's ``forward`` of 16-bit tensors."""
-    out, final, saved = forward(cell, x.float(), *_to(torch.float32, rest))
-    return out.to(x.dtype), _to(x.dtype, final), saved
+    out, final, saved = forward(layer.to(torch.float32), x.float(), save=save)
+    return out.to(x.dtype), to_dtype(x.dtype, final), saved
 
 
 def backward_in_float32(
-    backward: Callable[..., Gradients], cell: Cell, x: Tensor, *rest: Any
+    backward: Callable[..., Gradients],
+    layer: Layer,
+    x: Tensor,
+    out: Tensor,
+    saved: Tensor,
+    dout: Tensor | None,
+    dfinal: Sequence[Tensor | None],
+    needed: Sequence[bool],
 ) -> Gradients:
     """A backend's ``backward`` of 16-bit tensors."""
-    gradients: Gradients = _to(x.dtype, backward(cell, x.float(), *_to(torch.float32, rest)))
-    return gradients
-
-
-def _to(dtype: torch.dtype, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
-        return tuple([_to(dtype, v) for v in value])
-    return value
+    grads = backward(
+        layer.to(torch.float32),
+        x.float(),
+        out.float(),
+        saved,
+        None if dout is None else dout.float(),
+        to_dtype(torch.float32, dfinal),
+        needed,
+    )
+    return to_dtype(x.dtype, grads)
 
 
 class Recurrence(NamedTuple):
-    """What running the steps in reverse leaves.
+    """The result of running the steps backward.
 
     Attributes:
-        dpre: gradient of the pre-activations, ``[D, N, slots, H]``.
+        dpre: gradient of the pre-activations, ``[D, N, num_preacts, H]``.
         dstate: gradient of the initial state, shaped like it.
         dh: the whole gradient of the projected h, ``[D, N, P]``; None without projection.
     """
@@ -92,53 +110,49 @@ class Recurrence(NamedTuple):
 
 
 def check_saved(
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    out: Tensor,
-    saved: Tensor,
+    layer: Layer, x: Tensor, out: Tensor, saved: Tensor, shape: tuple[int, ...]
 ) -> None:
-    """Hooks of saved tensors, and users of ``.data``, may hand back something else.
+    """Check the saved tensors of a backward pass; ``shape`` is that of the saved activations.
+
+    Hooks of saved tensors, and users of ``.data``, may return something else.
 
     Raises:
         RuntimeError: sizes, dtypes or strides are not those of the forward pass.
     """
-    G, (rows, P) = len(cell.gates), weights[0][1].shape
-    sizes = numbers(cell, x, weights, batch_sizes, batch)
-    kept = cell.saved_slots(weights[0][4] is not None)
+    gate_size, P = layer.weights[0].hh.shape
     expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
-        ("what forward saved", saved, (sizes.D, sizes.N, kept, sizes.H)),
-        ("the output", out, (*x.shape[:-1], sizes.D * P)),
+        ("the saved activations", saved, shape),
+        ("the output", out, (*x.shape[:-1], layer.D * P)),
     ]
-    for w_ih, w_hh, _, b_hh, w_hr in weights:
-        expected += [("weight_ih", w_ih, (rows, x.shape[-1])), ("weight_hh", w_hh, (rows, P))]
-        if b_hh is not None:
-            expected.append(("bias_hh", b_hh, (rows,)))
-        if w_hr is not None:
-            expected.append(("weight_hr", w_hr, (P, rows // G)))
-    for name, tensor, shape in expected:
-        if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+    for w in layer.weights:
+        expected += [
+            ("weight_ih", w.ih, (gate_size, x.shape[-1])),
+            ("weight_hh", w.hh, (gate_size, P)),
+        ]
+        if w.bias_hh is not None:
+            expected.append(("bias_hh", w.bias_hh, (gate_size,)))
+        if w.hr is not None:
+            expected.append(("weight_hr", w.hr, (P, layer.H)))
+    for name, tensor, size in expected:
+        if tensor.shape != size or tensor.dtype != x.dtype or tensor.device != x.device:
             raise RuntimeError(
-                f"backward: expected {name} of shape {list(shape)}, {x.dtype} on {x.device} as in "
+                f"backward: expected {name} of shape {list(size)}, {x.dtype} on {x.device} as in "
                 f"the forward pass, got {list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
             )
     if not saved.is_contiguous():
-        raise RuntimeError("backward: expected what forward saved to be contiguous, as it was")
+        raise RuntimeError("backward: expected contiguous saved activations, as in forward")
 
 
 ROWS = 128
-"""A product sums so many rows before it adds them to the others."""
+"""The number of rows that a product sums before it adds the sum to the others."""
 
-MOST_ROWS = 16 * ROWS
+MAX_ROWS = 16 * ROWS
 """With more rows, torch.nn's sum over the steps has as long a chain of roundings as a product's."""
 
 
-def _of_all_rows(d: Tensor, a: Tensor) -> Tensor:
-    """``d^T a``. MKL sums some 400 rows in float32 one after the other: more than a step has."""
-    if d.dtype != torch.float32 or not d.is_cpu or not ROWS < len(d) <= MOST_ROWS:
+def _sum_over_rows(d: Tensor, a: Tensor) -> Tensor:
+    """``d^T a``. MKL sums some 400 rows in float32 in one chain: more than a step has."""
+    if d.dtype != torch.float32 or not d.is_cpu or not ROWS < len(d) <= MAX_ROWS:
         return d.t() @ a
     total = d[:ROWS].t() @ a[:ROWS]
     for k in range(ROWS, len(d), ROWS):
@@ -147,53 +161,45 @@ def _of_all_rows(d: Tensor, a: Tensor) -> Tensor:
 
 
 def gradients(
-    cell: Cell,
+    layer: Layer,
     x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
     out: Tensor,
     saved: Tensor,
     needed: Sequence[bool],
     recurrence: Recurrence,
 ) -> Gradients:
-    """What a backend's ``backward`` returns; arguments as there."""
+    """The result of a backend's ``backward``; arguments as there."""
     dpre, dstate, dh = recurrence
     D, N = dpre.shape[:2]
-    G, shared, P = len(cell.gates), cell.shared, weights[0][1].shape[1]
+    G, summed, P = layer.G, layer.cell.summed, layer.P
     h = out.view(N, D, P)
     dx: Tensor | None = None
+    needed_x, *flags = needed
     results: list[Tensor | None] = []
-    for d, (w_ih, _, _, _, w_hr) in enumerate(weights):
-        need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needed[
-            1 + d * len(weights[d]) : 1 + (d + 1) * len(weights[d])
-        ]
+    for d, w in enumerate(layer.weights):
+        need = dict(zip(w._fields, flags[d * len(w) : (d + 1) * len(w)], strict=True))
         dgx = dpre[d, :, :G].flatten(1)
         dgh = dgx
-        if shared < G:
-            dgh = torch.cat([dpre[d, :, :shared], dpre[d, :, G:]], 1).flatten(1)
-        if needed[0]:
-            part = dgx @ w_ih
+        if summed < G:
+            dgh = torch.cat([dpre[d, :, :summed], dpre[d, :, G:]], 1).flatten(1)
+        if needed_x:
+            part = dgx @ w.ih
             dx = part if dx is None else dx + part
-        dw_hh = dw_hr = None
-        if need_w_hh:
-            h0 = h.new_zeros(batch, P) if state is None else state[0].view(D, batch, P)[d]
-            dw_hh = _of_all_rows(dgh, previous(h[:, d], h0, batch_sizes, d == 1))
-        db_ih = dgx.sum(0) if need_b_ih else None
-        db_hh = None
-        if need_b_hh:
+        dw_hh = db_hh = dw_hr = None
+        if need["hh"]:
+            if layer.state is None:
+                h0 = h.new_zeros(layer.rows.B, P)
+            else:
+                h0 = layer.state[0].view(D, layer.rows.B, P)[d]
+            dw_hh = _sum_over_rows(dgh, layer.rows.previous(h[:, d], h0, reverse=d == 1))
+        db_ih = dgx.sum(0) if need["bias_ih"] else None
+        if need["bias_hh"]:
             db_hh = dgh.sum(0) if dgh is not dgx or db_ih is None else db_ih.clone()
-        if need_w_hr and w_hr is not None and dh is not None:
-            dw_hr = _of_all_rows(dh[d], saved[d, :, -1])
-        results += [
-            _of_all_rows(dgx, x.flatten(0, -2)) if need_w_ih else None,
-            dw_hh,
-            db_ih,
-            db_hh,
-            dw_hr,
-        ]
-    if state is not None:
+        if need["hr"] and dh is not None:
+            dw_hr = _sum_over_rows(dh[d], saved[d, :, -1])
+        dw_ih = _sum_over_rows(dgx, x.flatten(0, -2)) if need["ih"] else None
+        results += [dw_ih, dw_hh, db_ih, db_hh, dw_hr]
+    if layer.state is not None:
         results += [
             g if need else None for g, need in zip(dstate, needed[-len(dstate) :], strict=True)
         ]

@@ -1,25 +1,24 @@
-"""torch's own recurrent operators, cuDNN's and MIOpen's among them, where no kernel of ours runs.
+"""torch's own recurrent operators, including cuDNN and MIOpen, where no fastrnn kernel runs.
 
-Unlike the other backends this one runs whole stacks, and torch differentiates it.
+Unlike the other backends it runs whole stacks, and torch differentiates it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Sizes, one_thread_in_a_child
+from fastrnn.backends import StackSizes, one_thread_in_a_child
 from fastrnn.backends.products import in_own_dtype
-from fastrnn.cells import Cell, State, Weights
+from fastrnn.cells import Cell, State
+from fastrnn.layer import Layer
 
-__all__ = ["CHECKS", "STACKS", "describe", "empty_cache", "missing", "refuses", "rnn", "step"]
+__all__ = ["describe", "empty_cache", "kind", "missing", "refuses", "run_stack", "run_step"]
 
-CHECKS = False
-STACKS = True
+kind: Literal["stack"] = "stack"
 
 _RNN: dict[str, Callable[..., Any]] = {
     "RNN_TANH": torch.rnn_tanh,
@@ -43,7 +42,7 @@ def refuses(
     cell: Cell,
     dtype: torch.dtype,
     device: torch.device,
-    sizes: Sizes | None = None,
+    sizes: StackSizes | None = None,
     automatic: bool = False,
 ) -> str | None:
     if cell.mode not in _RNN:
@@ -51,7 +50,7 @@ def refuses(
     if not dtype.is_floating_point:
         return f"expected a real floating-point dtype, got {dtype}"
     if sizes is not None and sizes.compiled:
-        return "compilers and torch.export would take it apart, step by step"
+        return "compilers and torch.export decompose it into single steps"
     return None
 
 
@@ -64,39 +63,31 @@ def describe() -> str:
 
 
 @in_own_dtype
-def rnn(
-    cell: Cell,
-    input: Tensor,
-    weights: Sequence[Sequence[Weights]],
-    hx: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    dropout: float,
-    training: bool,
+def run_stack(
+    layers: Sequence[Layer], x: Tensor, hx: State | None, dropout: float, training: bool
 ) -> tuple[Tensor, State]:
-    """As :func:`fastrnn.functional.rnn`."""
     one_thread_in_a_child()
-    directions = list(chain(*weights))
-    flat = [w for direction in directions for w in direction if w is not None]
-    P = directions[0][1].shape[1]
+    first = layers[0]
+    flat = [w for layer in layers for w in layer.tensors() if w is not None]
     if hx is None:
-        H = directions[0][1].shape[0] // len(cell.gates)
-        hx = cell.zero_state(input, (len(directions), batch), H, P)
+        leading = (len(layers) * first.D, first.rows.B)
+        hx = first.cell.zero_state(x, leading, first.H, first.P)
     states = hx if len(hx) > 1 else hx[0]
-    options = (directions[0][2] is not None, len(weights), dropout, training, len(weights[0]) == 2)
+    bias = first.weights[0].bias_ih is not None
+    options = (bias, len(layers), dropout, training, first.D == 2)
+    operator, batch_sizes = _RNN[first.cell.mode], first.rows.batch_sizes
     if batch_sizes is None:
-        output, *final = _RNN[cell.mode](input, states, flat, *options, False)
+        output, *final = operator(x, states, flat, *options, False)
     else:
-        output, *final = _RNN[cell.mode](input, batch_sizes, states, flat, *options)
+        output, *final = operator(x, batch_sizes, states, flat, *options)
     return output, tuple(final)
 
 
 @in_own_dtype
-def step(cell: Cell, input: Tensor, hx: State | None, weights: Weights) -> State:
-    """As :func:`fastrnn.functional.step`."""
+def run_step(layer: Layer, x: Tensor) -> State:
     one_thread_in_a_child()
-    w_ih, w_hh, b_ih, b_hh, _ = weights
-    if hx is None:
-        hx = cell.zero_state(input, input.shape[:1], w_hh.shape[1], w_hh.shape[1])
-    result = _STEP[cell.mode](input, hx if len(hx) > 1 else hx[0], w_ih, w_hh, b_ih, b_hh)
+    (w,) = layer.weights
+    state = layer.state or layer.zero_state(x)
+    states = state if len(state) > 1 else state[0]
+    result = _STEP[layer.cell.mode](x, states, w.ih, w.hh, w.bias_ih, w.bias_hh)
     return (result,) if isinstance(result, Tensor) else tuple(result)

@@ -1,7 +1,7 @@
 """The Triton backend: kernels/triton/, float32, float16 and bfloat16 on a CUDA or ROCm device.
 
-Run on an H200 by this project, and for other GPUs compiled, and run in Triton's interpreter. With
-``TRITON_INTERPRET=1`` it also runs on a CPU, slowly, if it is asked for by name.
+This project has run it on an H200. For other GPUs its kernels were compiled, and run in Triton's
+interpreter. With ``TRITON_INTERPRET=1`` it also runs on a CPU, slowly, if it is selected by name.
 """
 
 from __future__ import annotations
@@ -12,33 +12,32 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastrnn.backends import Gradients, Sizes, installed
+from fastrnn.backends import Gradients, StackSizes, installed
 from fastrnn.backends.products import Recurrence, check_saved, gradients, in_own_dtype
-from fastrnn.cells import Cell, State, Weights
+from fastrnn.cells import Cell, State
+from fastrnn.kernels.padding import padded_sizes
 from fastrnn.kernels.triton import plans
+from fastrnn.layer import Layer
 
 __all__ = [
-    "CHECKS",
-    "MULTIPLE",
-    "STACKS",
-    "WIDE",
+    "VALIDATES",
     "backward",
     "describe",
     "empty_cache",
     "forward",
+    "kind",
     "missing",
     "refuses",
+    "saved_spec",
 ]
 
-CHECKS = False
-MULTIPLE = 16
-STACKS = False
-WIDE = False
+kind: Literal["layer"] = "layer"
+VALIDATES = False
 
 _R = TypeVar("_R")
 
@@ -68,41 +67,41 @@ def _architecture(index: int) -> str:
 
 @cache
 def _programs_at_once(index: int) -> int:
-    """Programs of any plan that surely run at the same time: one to a processor."""
+    """The number of programs of any plan that run at the same time: one on each processor."""
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _find(
     cell: Cell, dtype: torch.dtype, device: torch.device, H: int, proj_size: int
 ) -> tuple[plans.Plans | None, str, plans.Target]:
-    """The plans of a layer, the architecture they are for, and what runs them."""
+    """The plans of a layer, their architecture, and the target that runs them."""
     if device.type == "cpu":
-        # What the interpreter runs need not fit anywhere.
+        # The interpreter has no limits.
         architecture, at_once = "cuda:90", 1
     else:
         index = torch.cuda.current_device() if device.index is None else device.index
         architecture, at_once = _architecture(index), _programs_at_once(index)
     amd = architecture.startswith("hip")
     target = plans.Target(plans.precision(dtype, amd), at_once, amd)
-    row = (architecture, cell.mode, target.precision, H, len(cell.gates), proj_size)
-    return plans.find(*row), architecture, target
+    key = (architecture, cell.mode, target.precision, H, len(cell.gates), proj_size)
+    return plans.find(*key), architecture, target
 
 
 def refuses(
     cell: Cell,
     dtype: torch.dtype,
     device: torch.device,
-    sizes: Sizes | None = None,
+    sizes: StackSizes | None = None,
     automatic: bool = False,
 ) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"expected tensors on a CUDA or ROCm device, got {device}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}"
-    most = plans.BUCKETS[-1]
+    max_hidden = plans.BUCKETS[-1]
     H, proj_size = (sizes.hidden_size, sizes.proj_size) if sizes else (1, 0)
-    if most < H:
-        return f"no plan divides a layer of hidden_size {H}: expected at most {most}"
+    if max_hidden < H:
+        return f"expected a hidden_size of at most {max_hidden}, got {H}"
     found, architecture, target = _find(cell, dtype, device, H, proj_size)
     if found is None:
         if cell.mode not in plans.MODES:
@@ -118,21 +117,21 @@ def refuses(
 def _slower(
     cell: Cell,
     dtype: torch.dtype,
-    sizes: Sizes,
+    sizes: StackSizes,
     found: plans.Plans,
     architecture: str,
     target: plans.Target,
 ) -> str | None:
-    """Why torch's own operator is likely faster; None if it is not."""
+    """The reason why torch's own operator is likely faster, or None."""
     if sizes.one_step:
-        return "one step is two products and one kernel in torch"
+        return "torch is faster at one step: two products and one kernel"
     if _cudnn_persists(cell, dtype, sizes):
-        return "cuDNN computes all steps of such a layer in one launch, too"
+        return "cuDNN also runs all steps of such a layer in one launch"
     at_once, programs = target.programs_at_once, max(p.programs(sizes.hidden_size) for p in found)
     if programs > at_once:
         return (
-            f"the {programs} programs of a layer cannot wait for each other on a device of "
-            f"{at_once} processors, and a launch for each step takes longer"
+            f"the {programs} programs of a layer cannot synchronise on a device of {at_once} "
+            f"processors, and one launch for each step is slower"
         )
     D, device = sizes.directions, plans.DEVICES[architecture]._replace(processors=at_once)
     step = plans.Step(
@@ -143,13 +142,13 @@ def _slower(
     theirs = len(found) * D * step.launched_time(device)
     if ours > theirs:
         return (
-            f"on paper a step and its reverse take {1e6 * ours:.1f} µs, and if they are launched "
-            f"and read the weights from the L2 cache {1e6 * theirs:.1f}"
+            f"cost model: {1e6 * ours:.1f} µs per step (forward and backward) for the fused "
+            f"kernel, {1e6 * theirs:.1f} µs for one launch per step (cuDNN)"
         )
     return None
 
 
-def _cudnn_persists(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> bool:
+def _cudnn_persists(cell: Cell, dtype: torch.dtype, sizes: StackSizes) -> bool:
     """As measured on an H200, cuDNN 9; see docs/gpu.md."""
     if torch.version.hip or dtype is torch.bfloat16 or sizes.packed or sizes.proj_size:
         return False
@@ -181,65 +180,54 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _plans(cell: Cell, x: Tensor, weights: Sequence[Weights]) -> tuple[plans.Plans, plans.Target]:
-    _, w_hh, *_, w_hr = weights[0]
-    H = w_hh.shape[0] // len(cell.gates)
-    proj_size = 0 if w_hr is None else w_hr.shape[0]
+def _plans(layer: Layer, x: Tensor) -> tuple[plans.Plans, plans.Target]:
+    cell, H, proj_size = layer.cell, layer.H, layer.P if layer.projected else 0
     found, architecture, target = _find(cell, x.dtype, x.device, H, proj_size)
     if found is None:
         raise RuntimeError(f"no plan for {cell.mode}, hidden_size {H}, on {architecture}")
     return found, target
 
 
-def _launched(plan: plans.Plan, layer: Callable[[plans.Plan], _R]) -> _R:
-    """A layer by a plan; step by step, in small tiles, if its kernel takes more than there is."""
+def _run(plan: plans.Plan, launch_all: Callable[[plans.Plan], _R]) -> _R:
+    """Run a layer by a plan, or by one launch per step if its kernel exceeds the device."""
     from fastrnn.kernels.triton import launch
 
     try:
-        return layer(plan)
+        return launch_all(plan)
     except launch.OutOfResources as error:
         warnings.warn(
-            f"this version of triton makes a kernel of the plan {plan} that "
-            f"this device cannot run ({error}): each step is launched by itself, which is slow. "
-            "Please report this to fastrnn",
+            f"kernel {plan} exceeds this device's resources with the installed triton ({error}); "
+            "falling back to one launch per step, which is slow. Please report this to fastrnn",
             RuntimeWarning,
             stacklevel=2,
         )
-        return layer(plan.apart())
+        return launch_all(plan.as_stepwise())
+
+
+def saved_spec(layer: Layer, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    return layer.saved_shape(padded_sizes(layer).H_pad), dtype
 
 
 @in_own_dtype
-def forward(
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    save: bool,
-) -> tuple[Tensor, State, Tensor | None]:
+def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor | None]:
     from fastrnn.kernels.triton import launch
 
-    (plan, _), target = _plans(cell, x, weights)
+    (plan, _), target = _plans(layer, x)
 
-    def layer(plan: plans.Plan) -> tuple[Tensor, State, Tensor | None]:
+    def launch_all(plan: plans.Plan) -> tuple[Tensor, State, Tensor | None]:
         result: tuple[Tensor, State, Tensor | None] = launch.forward(
-            plan, target, cell, x, weights, state, batch_sizes, batch, save, launch.run
+            plan, target, layer, x, save, launch.run
         )
         return result
 
     with _on(x):
-        return _launched(plan, layer)
+        return _run(plan, launch_all)
 
 
 @in_own_dtype
 def backward(
-    cell: Cell,
+    layer: Layer,
     x: Tensor,
-    weights: Sequence[Weights],
-    state: State | None,
-    batch_sizes: Tensor | None,
-    batch: int,
     out: Tensor,
     saved: Tensor,
     dout: Tensor | None,
@@ -248,14 +236,13 @@ def backward(
 ) -> Gradients:
     from fastrnn.kernels.triton import launch
 
-    (_, plan), target = _plans(cell, x, weights)
-    layer = (cell, x, weights, state, batch_sizes, batch, out)
-    check_saved(*layer, saved)
+    (_, plan), target = _plans(layer, x)
+    check_saved(layer, x, out, saved, saved_spec(layer, x.dtype)[0])
 
-    def reverse(plan: plans.Plan) -> Recurrence:
-        return Recurrence(*launch.backward(plan, target, *layer, saved, dout, dfinal, launch.run))
+    def launch_all(plan: plans.Plan) -> Recurrence:
+        args = (layer, x, out, saved, dout, dfinal)
+        return Recurrence(*launch.backward(plan, target, *args, launch.run))
 
     with _on(x):
-        recurrence = _launched(plan, reverse)
-        own = saved[..., : recurrence.dpre.shape[-1]]
-        return gradients(*layer, own, needed, recurrence)
+        recurrence = _run(plan, launch_all)
+        return gradients(layer, x, out, saved[..., : layer.H], needed, recurrence)
