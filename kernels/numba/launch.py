@@ -212,7 +212,7 @@ def forward(
     sizes = numbers(cell, x, weights, batch_sizes, batch)
     T, N, B, H, P, D, own_H, own_P = sizes
     G, projected = len(cell.gates), weights[0][4] is not None
-    kept = cell.saved_slots(projected)
+    kept = cell.num_saved(projected)
     h, s = running(cell, state, sizes, x, x.dtype)
     *leading, _ = x.shape
     out = x.new_empty(*leading, D * P)
@@ -283,7 +283,7 @@ def backward(
     directions = out.dim() == 3 or batch_sizes is not None
     out = padded_rows(out, D, P)
     dout = None if dout is None else padded_rows(dout, D, P)
-    dpre = x.new_empty(D, N, cell.slots, H)
+    dpre = x.new_empty(D, N, cell.num_preacts, H)
     dh_all = x.new_empty(D, N, P) if projected else None
     w_hh = [padded_gates(cell, w, H, P) for _, w, *_ in weights]
     w_hr = [None if w is None else _panels(padded(plain(w), P, H)) for *_, w in weights]
@@ -301,8 +301,8 @@ def backward(
         (
             step, 0.0, _at(saved, d * N * kept * H), _at(out, d * P), _at(dout, d * P),
             _at(h0, d * B * P), _at(w_hh[d]), _at(w_hr[d]), _at(zeros), _at(offsets),
-            _at(dh, d * B * P), _at(ds, d * B * H), _at(dpre, d * N * cell.slots * H),
-            _at(dh_all, d * N * P), T, B, H, P, D, own_H, own_P, G, cell.shared,
+            _at(dh, d * B * P), _at(ds, d * B * H), _at(dpre, d * N * cell.num_preacts * H),
+            _at(dh_all, d * N * P), T, B, H, P, D, own_H, own_P, G, cell.summed,
             len(cell.states), kept, columns, columns_hr, d == 1, offsets is not None,
             dout is not None, not apart,
         )

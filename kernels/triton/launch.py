@@ -95,7 +95,7 @@ def _launches(
         wider |= (units, elements) != (H, P)
     elif plan.sync == "grid" and (INTERPRETED or programs > target.programs_at_once):
         # The interpreter runs one program after another: none can wait for one that comes later.
-        plan = plan.apart()
+        plan = plan.as_stepwise()
     tiles = [1, 1]
     if plan.sync != "program":
         tiles = [triton.cdiv(K, plan.depth * plan.split) for K in depths]
@@ -186,7 +186,7 @@ def forward(
     hx = x.new_empty(2, D, B, P)
     hx[0] = h
     out = x.new_empty(*leading, D * P)
-    saved = x.new_empty(D, N, cell.saved_slots(projected), H) if save else None
+    saved = x.new_empty(D, N, cell.num_saved(projected), H) if save else None
     tensors = (
         gx,
         w_hh,
@@ -212,7 +212,7 @@ def forward(
         target,
         CELL=CELLS[cell.mode][0],
         GATES=G,
-        SHARED=cell.shared,
+        SUMMED=cell.summed,
         STATES=len(cell.states),
         SAVED=len(cell.saved),
         BIAS=weights[0][2] is not None,
@@ -250,7 +250,7 @@ def backward(
         w_hr = _together([padded(w[4], P, H) for w in weights if w[4] is not None])
     h0, _ = running(cell, None if state is None else state[:1], sizes, x, torch.float32)
     dh_n, ds_n = running(cell, dfinal, sizes, x, torch.float32)
-    dpre = x.new_empty(D, N, cell.slots, H)
+    dpre = x.new_empty(D, N, cell.num_preacts, H)
     dh = x.new_empty(D, N, P) if projected else None
     tensors = (
         saved,
@@ -277,7 +277,7 @@ def backward(
         target,
         CELL=CELLS[cell.mode][1],
         GATES=G,
-        SHARED=cell.shared,
+        SUMMED=cell.summed,
         STATES=len(cell.states),
         SAVED=len(cell.saved),
         DOUT=dout is not None,

@@ -88,6 +88,8 @@ class Cell:
             product, and None stands for zero.
         projectable: whether ``proj_size`` may be used. A projected h has another size than the
             cell's own output, so such a cell must use neither ``s[0]`` nor ``h``.
+        keep_gate: the gate that keeps the old state when it is 1, if there is one.
+        input_gate: the gate that admits new input, if there is one of its own.
 
     Attributes:
         state_range: numbers of the states: 0 is h.
@@ -104,6 +106,8 @@ class Cell:
         tuple[Values, Sequence[Tensor | None]],
     ]
     projectable: bool = False
+    keep_gate: str | None = None
+    input_gate: str | None = None
     state_range: range = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,6 +117,17 @@ class Cell:
     def slots(self) -> int:
         """Values that the two products give to one unit: ``2 * gates - shared``."""
         return 2 * len(self.gates) - self.shared
+
+    @property
+    def summed(self) -> int:
+        return self.shared
+
+    @property
+    def num_preacts(self) -> int:
+        return self.slots
+
+    def num_saved(self, projected: bool) -> int:
+        return self.saved_slots(projected)
 
     def saved_slots(self, projected: bool) -> int:
         """Values per unit and step that a driver keeps: ``v``, ``s[1:]``, and m if projected."""
@@ -216,6 +231,8 @@ LSTM = register(
         forward=_lstm_forward,
         backward=_lstm_backward,
         projectable=True,
+        keep_gate="f",
+        input_gate="i",
     )
 )
 GRU = register(
@@ -227,5 +244,6 @@ GRU = register(
         saved=("r", "z", "n", "h_n"),
         forward=_gru_forward,
         backward=_gru_backward,
+        keep_gate="z",
     )
 )

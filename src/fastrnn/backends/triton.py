@@ -205,7 +205,7 @@ def _launched(plan: plans.Plan, layer: Callable[[plans.Plan], _R]) -> _R:
             RuntimeWarning,
             stacklevel=2,
         )
-        return layer(plan.apart())
+        return layer(plan.as_stepwise())
 
 
 @in_own_dtype
