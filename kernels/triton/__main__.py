@@ -91,8 +91,8 @@ def _largest(requests: list[Request], jobs: int) -> int:
     sizes = _each(aot.largest, list(last.values()), jobs, "searching")
     print("| target | cell | products | pass | plan | largest resident H |")
     print("|---|---|---|---|---|---:|")
-    for key, request, H in zip(last, last.values(), sizes, strict=True):
-        print(f"| {' | '.join(key)} | {request.plan} | {H} |")
+    for columns, request, H in zip(last, last.values(), sizes, strict=True):
+        print(f"| {' | '.join(columns)} | {request.plan} | {H} |")
     return 0
 
 
@@ -104,8 +104,8 @@ def _plans(requests: list[Request], jobs: int) -> int:
     for k in range(0, len(plans), 2):
         request = requests[k]
         name = names(request.mode)[0 if shares(request.mode) else -1]
-        key = (request.architecture, name, request.precision, request.H)
-        print(f"    {key}: Plans({plans[k]}, {plans[k + 1]}),".replace("'", '"'))
+        entry = (request.architecture, name, request.precision, request.H)
+        print(f"    {entry}: Plans({plans[k]}, {plans[k + 1]}),".replace("'", '"'))
     return int(None in plans)
 
 

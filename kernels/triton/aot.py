@@ -152,7 +152,7 @@ def compiled(request: Request) -> list[tuple[launch.Launch, Any]]:
         launch.forward(*how, *what, "inference" not in request.options, run=run)
     else:
         out = empty(*x.shape[:-1], D * P)
-        saved = empty(D, T * B, cell.saved_slots(projected), H)
+        saved = empty(D, T * B, cell.num_saved(projected), H)
         launch.backward(*how, *what, out, saved, out, final, run=run)
     return list(kernels.values())
 
@@ -230,7 +230,7 @@ def _products(request: Request, one: launch.Launch) -> int:
     first = c["PART"] in ("both", "cell" if forward else "product")
     second = c["PROJECTED"] and c["PART"] in ("both", "projection" if forward else "cell")
     # Columns and K of the products with W_hh and W_hr.
-    columns = (c["BH"] * request.cell.slots, c["BP"]) if forward else (c["BP"], c["BH"])
+    columns = (c["BH"] * request.cell.num_preacts, c["BP"]) if forward else (c["BP"], c["BH"])
     if c["SYNC"] == "program":
         depths = (c["BP"], c["BH"]) if forward else (G * c["BH"], c["BP"])
     elif c["RESIDENT"]:
@@ -407,7 +407,7 @@ def candidates(request: Request) -> Iterator[Plan]:
     if H <= 64:
         yield from (program(8), program(4), program(2))
     # About 64 columns: four warps of a tensor-core tile each, or K split over the warps.
-    preacts = cell.slots
+    preacts = cell.num_preacts
     units = 64 // preacts if forward else 16 if preacts > 1 else 64
     columns = units * preacts if forward else units
     teams = [(1, 4), (1, 8)] if columns > 16 else [(4, 4), (8, 8)]
