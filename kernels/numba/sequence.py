@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from numba import njit, types
 
@@ -299,10 +299,10 @@ def backward(
 @cache
 def compiled(element: types.Float) -> tuple[Any, Any]:
     """The two loops over time."""
-    kinds = {"int": types.intp, "bool": types.boolean, "float": element}
+    kinds = {int: types.intp, bool: types.boolean, float: element}
     loops = []
     for function, arguments in (forward, ForwardArguments), (backward, BackwardArguments):
         assert tuple(signature(function).parameters) == arguments._fields
-        parameters = [kinds[kind] for kind in arguments.__annotations__.values()]
+        parameters = [kinds[kind] for kind in get_type_hints(arguments).values()]
         loops.append(cached(njit, types.void(*parameters), function, nogil=True))
     return tuple(loops)

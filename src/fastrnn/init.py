@@ -66,7 +66,7 @@ def orthogonal_(module: Module, gain: float = 1.0) -> Module:
 def forget_bias_(module: Module, value: float = 1.0) -> Module:
     """Set the bias of the gate that keeps the state to ``value``: the LSTM's f, the GRU's z.
 
-    Only the sum of both biases matters. For this gate ``bias_ih`` becomes ``value``, ``bias_hh`` zero.
+    Only the sum of both biases matters. ``bias_ih`` becomes ``value`` and ``bias_hh`` zero there.
 
     Raises:
         TypeError: the module is not a recurrent layer or cell.
