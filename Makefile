@@ -67,7 +67,7 @@ test-gpu: $(VENV)/.dev ## run the tests of the Triton kernels on this machine's 
 	FASTRNN_TEST_GPU=1 $(pytest) tests/test_gpu.py
 
 aot: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and check what they take; AOT= has options
-	$(bin)/python -m fastrnn aot $(AOT)
+	$(bin)/python -m fastrnn.kernels.triton $(AOT)
 
 # The peers are optional: whoever is not installed is reported as missing. Timings have one process.
 bench := $(bin)/pytest -q --timeout 900 -o faulthandler_timeout=960 \

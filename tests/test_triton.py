@@ -201,14 +201,14 @@ def test_infinite_numbers_at_odd_sizes(
 
 
 @triton.jit
-def _split(order, into, SLOTS: tl.constexpr, LO: tl.constexpr):
-    column = tl.arange(0, 8 * SLOTS)
-    slot, unit = sequence.slots_of(column, 8, SLOTS, LO)
-    tl.store(order + column, slot * 8 + unit)
-    tile = tl.arange(0, 2)[:, None] * 1000 + (slot * 8 + unit)[None, :]
-    tiles = sequence.split_slots(tile, 2, 8, SLOTS, LO)
+def _split(order, into, PREACTS: tl.constexpr, LO: tl.constexpr):
+    column = tl.arange(0, 8 * PREACTS)
+    preact, unit = sequence.preacts_of(column, 8, PREACTS, LO)
+    tl.store(order + column, preact * 8 + unit)
+    tile = tl.arange(0, 2)[:, None] * 1000 + (preact * 8 + unit)[None, :]
+    tiles = sequence.split_preacts(tile, 2, 8, PREACTS, LO)
     at = tl.arange(0, 2)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    for k in tl.static_range(SLOTS):
+    for k in tl.static_range(PREACTS):
         tl.store(into + k * 16 + at, tiles[k])
 
 
@@ -513,7 +513,7 @@ def compiling(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 SETUP = """
     import contextlib, io, types
     from dataclasses import replace
-    from fastrnn.__main__ import _table
+    from fastrnn.kernels.triton.__main__ import _table
     from fastrnn.kernels.triton import aot, plans, sequence
     from fastrnn.kernels.triton.aot import Request, measure
     from fastrnn.kernels.triton.plans import program, resident, streaming
@@ -527,7 +527,7 @@ ASKED = ("--target", "cuda:90", "--cell", "RNN_TANH", "--products", "16-bit")
 
 def test_aot_prints_the_table() -> None:
     # Whether the budgets hold depends on the version of triton: `make aot` says.
-    run = compiling("", "-m", "fastrnn", "aot", *ASKED)
+    run = compiling("", "-m", "fastrnn.kernels.triton", *ASKED)
     assert "Traceback" not in run.stderr, run.stderr
     assert "does not compile" not in run.stdout
     header, line, *rows = run.stdout.splitlines()
@@ -537,7 +537,7 @@ def test_aot_prints_the_table() -> None:
 
 
 def test_aot_refuses_what_it_does_not_know() -> None:
-    run = compiling("", "-m", "fastrnn", "aot", "--target", "cuda:1")
+    run = compiling("", "-m", "fastrnn.kernels.triton", "--target", "cuda:1")
     assert run.returncode == 2 and "expected some of cuda:80" in run.stderr
 
 
@@ -546,7 +546,7 @@ def test_options_compile() -> None:
     code = f"""{SETUP}
     for which in aot.PASSES:
         for options in ("packed", "projected", "odd"), ("inference", "float16"):
-            for plan in program(8), resident(16, 32, 4, 4), streaming(16, 32, 4, 4).apart():
+            for plan in program(8), resident(16, 32, 4, 4), streaming(16, 32, 4, 4).as_stepwise():
                 H = 64 if plan.sync == "program" else 128
                 asked = Request("cuda:90", "LSTM", "16-bit", H, which, plan, frozenset(options))
                 problems = [p for p in measure(asked).problems if "spills" not in p]
@@ -610,8 +610,8 @@ ORDER = {
         "the barrier lacks a barrier of the program before it",
     ),
     "after": (
-        "heard of all others.\n        tl.debug_barrier()",
-        "heard of all others.",
+        "seen all arrivals.\n        tl.debug_barrier()",
+        "seen all arrivals.",
         "the barrier lacks a barrier of the program after it",
     ),
     "stores": ("if is_hip():", "if False:", "the barrier lacks a wait for stores"),

@@ -1,4 +1,4 @@
-"""The Numba kernels: nothing is imported here, since an import of Numba takes longer than torch's.
+"""The Numba kernels. Nothing is imported here, since importing Numba takes longer than torch.
 
 ``simd.py`` has vectors and the register tile, ``cells.py`` the arithmetic of a step,
 ``sequence.py`` the loop over time, ``launch.py`` the tensors and threads.

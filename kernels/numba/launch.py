@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from threading import Barrier
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import torch
@@ -81,17 +81,24 @@ def _at(tensor: Tensor | None, index: int = 0) -> int:
     return 0 if tensor is None else tensor.data_ptr() + index * tensor.itemsize
 
 
-def _arguments(
-    fixed: Sequence[tuple[Any, ...]], scratch: Sequence[Tensor], d: int, begin: int, end: int
-) -> tuple[Any, ...]:
-    """The arguments of a kernel for sequences of one direction, up to the range of steps.
+_Arguments = TypeVar("_Arguments", sequence.ForwardArguments, sequence.BackwardArguments)
+
+
+def _share(
+    arguments: _Arguments, scratch: Mapping[str, Tensor], d: int, begin: int, end: int
+) -> _Arguments:
+    """The arguments of a kernel for sequences ``begin`` to ``end`` of a direction.
 
     Args:
-        fixed: for each direction, the arguments that are the same for all sequences.
-        scratch: tensors ``[D, B, *]``.
+        scratch: tensors ``[D, B, *]`` by parameter.
     """
-    addresses = [_at(t, (d * t.shape[1] + begin) * t.shape[2]) for t in scratch]
-    return (*fixed[d], *addresses, begin, end)
+    addresses = {n: _at(t, (d * t.shape[1] + begin) * t.shape[2]) for n, t in scratch.items()}
+    return arguments._replace(**addresses, begin=begin, end=end)
+
+
+def _over_steps(arguments: _Arguments, first: int, end: int) -> tuple[Any, ...]:
+    """With the range of steps or turns, which are the last two parameters."""
+    return (*arguments[:-2], first, end)
 
 
 def _run(
@@ -99,16 +106,16 @@ def _run(
     sizes: PaddedSizes,
     flops: int,
     steps: int,
-    fixed: Sequence[tuple[Any, ...]],
-    scratch: Sequence[Tensor],
+    arguments: Sequence[_Arguments],
+    scratch: Mapping[str, Tensor],
 ) -> None:
     """Run all steps of a kernel on shares of the sequences in parallel, one in this thread."""
     global _pool
     threads = min(torch.get_num_threads(), max(1, flops // WORTH_A_THREAD))
     parts = min(sizes.B, max(1, threads // sizes.D))
     bounds = [sizes.B * k // parts for k in range(parts + 1)] if parts else []
-    shares = [(d, *pair) for d in range(sizes.D) for pair in pairwise(bounds)]
-    calls = [(*_arguments(fixed, scratch, *share), 0, steps) for share in shares]
+    shares = [(d, pair) for d in range(sizes.D) for pair in pairwise(bounds)]
+    calls = [_over_steps(_share(arguments[d], scratch, d, *pair), 0, steps) for d, pair in shares]
     others: list[Future[None]] = []
     try:
         if threads > 1 and len(calls) > 1:
@@ -207,7 +214,7 @@ def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor 
     """As ``fastrnn.backends.LayerBackend.forward``."""
     sizes = padded_sizes(layer)
     T, N, B, H_pad, P_pad, D, H, P = sizes
-    cell, G, projected, states = layer.cell, layer.G, layer.projected, len(layer.cell.states)
+    cell, G, projected = layer.cell, layer.G, layer.projected
     num_saved = cell.num_saved(projected)
     h, s = running_states(layer, layer.state, sizes, x, x.dtype)
     out = x.new_empty(*x.shape[:-1], D * P_pad)
@@ -237,19 +244,44 @@ def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor 
     scratch = x.new_empty(D, B, H_pad + columns_hr + num_saved * H_pad)
     step, _ = _cells(cell.mode, x.dtype)
     kernel, _ = _kernels(x.dtype)
-    fixed = [
-        (
-            step, 0.0, _at(gx[d]), _at(w_hh[d]), _at(bias[d]), _at(w_hr[d]), _at(zeros),
-            _at(offsets), _at(h, d * B * P_pad), _at(s, d * B * H_pad), _at(out, d * P_pad),
-            _at(saved, d * N * num_saved * H_pad), T, B, H_pad, P_pad, D, H, P, G, states,
-            num_saved, columns, columns_hr, d == 1, offsets is not None, save, not uses_blas,
+    arguments = [
+        sequence.ForwardArguments(
+            cell=step,
+            zero=0.0,
+            gx=_at(gx[d]),
+            w_hh=_at(w_hh[d]),
+            bias=_at(bias[d]),
+            w_hr=_at(w_hr[d]),
+            zeros=_at(zeros),
+            offsets=_at(offsets),
+            h=_at(h, d * B * P_pad),
+            s=_at(s, d * B * H_pad),
+            out=_at(out, d * P_pad),
+            saved=_at(saved, d * N * num_saved * H_pad),
+            T=T,
+            B=B,
+            H_pad=H_pad,
+            P_pad=P_pad,
+            D=D,
+            H=H,
+            P=P,
+            G=G,
+            states=len(cell.states),
+            num_saved=num_saved,
+            columns=columns,
+            columns_hr=columns_hr,
+            reverse=d == 1,
+            packed=offsets is not None,
+            save=save,
+            multiply=not uses_blas,
         )
         for d in range(D)
-    ]  # fmt: skip
+    ]
+    shared = {"gh": gh, "scratch": scratch}
     if not uses_blas:
-        _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T, fixed, (gh, scratch))
+        _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T, arguments, shared)
     else:
-        calls = [_arguments(fixed, (gh, scratch), d, 0, B) for d in range(D)]
+        calls = [_share(a, shared, d, 0, B) for d, a in enumerate(arguments)]
         for k in range(T):
             for d, (call, w, b) in enumerate(zip(calls, w_hh, bias, strict=True)):
                 n = counts[T - 1 - k if d else k]
@@ -257,7 +289,7 @@ def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor 
                     torch.mm(h[d, :n], w, out=gh[d, :n])
                 else:
                     torch.addmm(b, h[d, :n], w, out=gh[d, :n])
-                kernel(*call, k, k + 1)
+                kernel(*_over_steps(call, k, k + 1))
     return own_rows(out, sizes), own_states(layer, h, s, sizes, x.dtype), saved
 
 
@@ -272,7 +304,7 @@ def backward(
     """The recurrence backward: the fields of ``backends.products.Recurrence``."""
     sizes = padded_sizes(layer)
     T, N, B, H_pad, P_pad, D, H, P = sizes
-    cell, G, projected, states = layer.cell, layer.G, layer.projected, len(layer.cell.states)
+    cell, G, projected = layer.cell, layer.G, layer.projected
     num_saved, num_preacts = saved.shape[2], cell.num_preacts
     h0, _ = running_states(layer, layer.state and layer.state[:1], sizes, x, x.dtype)
     dh, ds = running_states(layer, dfinal, sizes, x, x.dtype)
@@ -291,30 +323,55 @@ def backward(
         w_hh = [_panels(w) for w in w_hh]
         columns = _columns(w_hh[0])
     zeros = x.new_zeros(max(columns, columns_hr))
-    scratch = [x.new_empty(D, B, n) for n in (G * H_pad, columns, columns_hr)]
+    dgh, dh_product = x.new_empty(D, B, G * H_pad), x.new_empty(D, B, columns)
+    shared = {"dgh": dgh, "dh_product": dh_product, "scratch": x.new_empty(D, B, columns_hr)}
     _, step = _cells(cell.mode, x.dtype)
     _, kernel = _kernels(x.dtype)
-    fixed = [
-        (
-            step, 0.0, _at(saved, d * N * num_saved * H_pad), _at(out, d * P_pad),
-            _at(dout, d * P_pad), _at(h0, d * B * P_pad), _at(w_hh[d]), _at(w_hr[d]), _at(zeros),
-            _at(offsets), _at(dh, d * B * P_pad), _at(ds, d * B * H_pad),
-            _at(dpre, d * N * num_preacts * H_pad), _at(dh_all, d * N * P_pad), T, B, H_pad, P_pad,
-            D, H, P, G, cell.summed, states, num_saved, columns, columns_hr, d == 1,
-            offsets is not None, dout is not None, not uses_blas,
+    arguments = [
+        sequence.BackwardArguments(
+            cell=step,
+            zero=0.0,
+            saved=_at(saved, d * N * num_saved * H_pad),
+            out=_at(out, d * P_pad),
+            dout=_at(dout, d * P_pad),
+            h0=_at(h0, d * B * P_pad),
+            w_hh=_at(w_hh[d]),
+            w_hr=_at(w_hr[d]),
+            zeros=_at(zeros),
+            offsets=_at(offsets),
+            dh=_at(dh, d * B * P_pad),
+            ds=_at(ds, d * B * H_pad),
+            dpre=_at(dpre, d * N * num_preacts * H_pad),
+            dh_all=_at(dh_all, d * N * P_pad),
+            T=T,
+            B=B,
+            H_pad=H_pad,
+            P_pad=P_pad,
+            D=D,
+            H=H,
+            P=P,
+            G=G,
+            summed=cell.summed,
+            states=len(cell.states),
+            num_saved=num_saved,
+            columns=columns,
+            columns_hr=columns_hr,
+            reverse=d == 1,
+            packed=offsets is not None,
+            has_dout=dout is not None,
+            multiply=not uses_blas,
         )
         for d in range(D)
-    ]  # fmt: skip
+    ]
     if not uses_blas:
-        _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T + 1, fixed, scratch)
+        _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T + 1, arguments, shared)
     else:
-        calls = [_arguments(fixed, scratch, d, 0, B) for d in range(D)]
-        dgh, back, _ = scratch
+        calls = [_share(a, shared, d, 0, B) for d, a in enumerate(arguments)]
         for k in range(T + 1):
             for d, (call, w) in enumerate(zip(calls, w_hh, strict=True)):
                 if k > 0:
                     n = counts[k - 1 if d else T - k]
-                    torch.mm(dgh[d, :n], w, out=back[d, :n])
-                kernel(*call, k, k + 1)
+                    torch.mm(dgh[d, :n], w, out=dh_product[d, :n])
+                kernel(*_over_steps(call, k, k + 1))
     dstate = own_states(layer, dh, ds, sizes, x.dtype)
     return dpre[..., :H], dstate, None if dh_all is None else dh_all[..., :P]

@@ -1,15 +1,15 @@
-"""The loop over time of some sequences of one direction, forward and in reverse, for any cell.
+"""The loop over time of some sequences of one direction, forward and backward, for any cell.
 
-Rows are in time-major order; ``offsets [T + 1]`` has the first row of each step of a packed batch.
-The products with ``W_hh`` are done here, or for one step at a time by the caller. H, P and the
-columns of panels are multiples of 16, of which the layer has own_H and own_P; what else meets a
-product is zero. Addresses are of contiguous tensors, of zero's type.
+Rows are in time-major order. The products with ``W_hh`` are done here, or by the caller, one step
+at a time. The layer has H units and P elements of h; tensors have H_pad and P_pad of them, which
+are multiples of 16, as the columns of panels are. Padding that enters a product is zero.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from inspect import signature
+from typing import Any, NamedTuple, get_type_hints
 
 from numba import njit, types
 
@@ -27,7 +27,7 @@ from fastrnn.kernels.numba.simd import (
     store,
 )
 
-__all__ = ["compiled"]
+__all__ = ["BackwardArguments", "ForwardArguments", "compiled"]
 
 
 tile1, tile2, tile4, tile8 = (TILES[rows] for rows in (1, 2, 4, 8))
@@ -73,50 +73,108 @@ def add(to, source, count):
 
 @njit
 def rows_of(offsets, packed, step, reverse, T, B, begin, end):
-    """Of a step the first row of sequences ``begin`` to ``end``, and how many have it."""
+    """The first row of sequences ``begin`` to ``end`` in a step, and how many of them have one."""
     t = T - 1 - step if reverse else step
     if not packed:
         return t * B + begin, end - begin
     return offsets[t] + begin, min(offsets[t + 1] - offsets[t], end) - begin
 
 
+# Compiled kernels are called by position. These tuples define the order: callers fill them by
+# keyword, and the signatures are made from them. A tensor is passed as the address of its first
+# element. Tensors are contiguous and have the element type of the kernel, except for offsets.
+
+
+class ForwardArguments(NamedTuple):
+    """The parameters of :func:`forward`, in order."""
+
+    cell: int  # address of the cell's compiled function
+    zero: float  # 0.0, of the element type
+    gx: int  # [N, G * H_pad] W_ih x, with its bias
+    w_hh: int  # panels [*, P_pad, width]; unused unless multiply
+    bias: int  # [columns], zero after the first G * H_pad; unused unless multiply
+    w_hr: int  # panels [*, H_pad, width], if projected
+    zeros: int  # [columns_hr], if projected
+    offsets: int  # [T + 1] int64, the first row of each step, if packed
+    h: int  # [B, P_pad] the state before the first step; becomes the state after the last
+    s: int  # [S - 1, D, B, H_pad] the other states, likewise; begins at this direction
+    out: int  # [N, D, P_pad]; begins at this direction
+    saved: int  # [N, num_saved, H_pad]: v, s[1:], h_cell if projected; unused unless save
+    T: int
+    B: int
+    H_pad: int
+    P_pad: int
+    D: int
+    H: int
+    P: int
+    G: int
+    states: int
+    num_saved: int
+    columns: int  # of gh
+    columns_hr: int  # of the projection; 0 if not projected
+    reverse: bool
+    packed: bool
+    save: bool
+    multiply: bool  # whether the kernel computes W_hh h; otherwise gh has it, of one step
+    # These differ between the shares of the sequences that are run side by side.
+    gh: int = 0  # [rows, columns] W_hh h with its bias
+    scratch: int = 0  # [rows, H_pad + columns_hr + num_saved * H_pad]
+    begin: int = 0  # the first sequence
+    end: int = 0
+    first_step: int = 0
+    end_step: int = 0
+
+
+class BackwardArguments(NamedTuple):
+    """The parameters of :func:`backward`, in order."""
+
+    cell: int  # address of the cell's compiled function
+    zero: float  # 0.0, of the element type
+    saved: int  # [N, num_saved, H_pad] as written by forward
+    out: int  # [N, D, P_pad]; begins at this direction
+    dout: int  # [N, D, P_pad]; begins at this direction; unused unless has_dout
+    h0: int  # [B, P_pad]
+    w_hh: int  # panels [*, G * H_pad, width]; unused unless multiply
+    w_hr: int  # panels [*, P_pad, width], if projected
+    zeros: int  # [max(columns, columns_hr)]
+    offsets: int  # [T + 1] int64, the first row of each step, if packed
+    dh: int  # [B, P_pad] the gradient of the final state; becomes that of the initial state
+    ds: int  # [S - 1, D, B, H_pad] of the other states, likewise; begins at this direction
+    dpre: int  # [N, num_preacts, H_pad]
+    dh_all: int  # [N, P_pad] the whole gradient of h, if projected
+    T: int
+    B: int
+    H_pad: int
+    P_pad: int
+    D: int
+    H: int
+    P: int
+    G: int
+    summed: int
+    states: int
+    num_saved: int
+    columns: int  # of dh_product
+    columns_hr: int  # of dh_cell; 0 if not projected
+    reverse: bool
+    packed: bool
+    has_dout: bool
+    multiply: bool  # whether the kernel computes dh_product; otherwise it has that of one turn
+    # These differ between the shares of the sequences that are run side by side.
+    dgh: int = 0  # [rows, G * H_pad] the gradient of W_hh h
+    dh_product: int = 0  # [rows, columns] W_hh^T dgh of the step after
+    scratch: int = 0  # [rows, columns_hr]
+    begin: int = 0  # the first sequence
+    end: int = 0
+    first_turn: int = 0  # counted from the last step
+    end_turn: int = 0  # turn T, after that of the first step, only changes dh
+
+
 def forward(
-    cell,  # the address of its function
-    zero,
-    gx,  # [N, G * H] the input's share, with its bias
-    w_hh,  # panels [*, P, width]; not touched unless ``multiply``
-    bias,  # [columns], zero after the G * H of the layer; likewise
-    w_hr,  # panels [*, H, width], if projected
-    zeros,  # [columns_hr]
-    offsets,
-    h,  # [B, P] the state before the first step, and after the last
-    s,  # [S - 1, D, B, H], of this direction
-    out,  # [N, D, P], of this direction
-    saved,  # [N, KEPT, H]: v, s[1:], m if projected; not touched unless ``save``
-    T,
-    B,
-    H,
-    P,
-    D,
-    own_H,
-    own_P,
-    G,
-    states,
-    kept,
-    columns,  # of gh
-    columns_hr,  # zero if not projected
-    reverse,
-    packed,
-    save,
-    multiply,
-    gh,  # [rows, columns] the product with W_hh: scratch, or unless ``multiply`` that of the step
-    scratch,  # [rows, H + columns_hr + KEPT * H]
-    begin,
-    end,
-    first_step,
-    end_step,
-):
-    """Some steps of sequences ``begin`` to ``end``."""
+    cell, zero, gx, w_hh, bias, w_hr, zeros, offsets, h, s, out, saved, T, B, H_pad, P_pad, D, H,
+    P, G, states, num_saved, columns, columns_hr, reverse, packed, save, multiply, gh, scratch,
+    begin, end, first_step, end_step,
+):  # fmt: skip
+    """Steps ``first_step`` to ``end_step`` of sequences ``begin`` to ``end``."""
     gx = pointer(gx, zero)
     w_hh = pointer(w_hh, zero)
     bias = pointer(bias, zero)
@@ -128,82 +186,49 @@ def forward(
     out = pointer(out, zero)
     saved = pointer(saved, zero)
     gh = pointer(gh, zero)
-    m = pointer(scratch, zero)
-    projection = at(m, (end - begin) * H)
+    h_cell = pointer(scratch, zero)
+    projection = at(h_cell, (end - begin) * H_pad)
     unsaved = at(projection, (end - begin) * columns_hr)
-    plane = D * B * H
-    values = kept - (states - 1) - (columns_hr > 0)
+    plane_stride = D * B * H_pad
+    num_values = num_saved - (states - 1) - (columns_hr > 0)
     for step in range(first_step, end_step):
         first, rows = rows_of(offsets, packed, step, reverse, T, B, begin, end)
         if rows <= 0:
             continue
         if multiply:
-            product(at(h, begin * P), P, rows, w_hh, P, columns, bias, gh)
+            product(at(h, begin * P_pad), P_pad, rows, w_hh, P_pad, columns, bias, gh)
         for r in range(rows):
             row = first + r
-            h_r = at(h, (begin + r) * P)
-            s_r = at(s, (begin + r) * H)
-            v = at(saved, row * kept * H) if save else unsaved
+            h_r = at(h, (begin + r) * P_pad)
+            s_r = at(s, (begin + r) * H_pad)
+            v = at(saved, row * num_saved * H_pad) if save else unsaved
             if save:
                 for k in range(states - 1):
-                    copy(at(v, (values + k) * H), at(s_r, k * plane), H)
-            y = at(m, r * H) if columns_hr else h_r
-            call(cell, (at(gx, row * G * H), at(gh, r * columns), h_r, s_r, plane, y, v, H))
-            clear(y, own_H, H)
+                    copy(at(v, (num_values + k) * H_pad), at(s_r, k * plane_stride), H_pad)
+            y = at(h_cell, r * H_pad) if columns_hr else h_r
+            call(cell, (
+                at(gx, row * G * H_pad), at(gh, r * columns), h_r, s_r, plane_stride, y, v, H_pad,
+            ))  # fmt: skip
+            clear(y, H, H_pad)
             if columns_hr:
                 if save:
-                    copy(at(v, (kept - 1) * H), y, H)
+                    copy(at(v, (num_saved - 1) * H_pad), y, H_pad)
             else:
-                copy(at(out, row * D * P), h_r, P)
+                copy(at(out, row * D * P_pad), h_r, P_pad)
         if columns_hr:
-            product(m, H, rows, w_hr, H, columns_hr, zeros, projection)
+            product(h_cell, H_pad, rows, w_hr, H_pad, columns_hr, zeros, projection)
             for r in range(rows):
-                clear(at(projection, r * columns_hr), own_P, P)
-                copy(at(h, (begin + r) * P), at(projection, r * columns_hr), P)
-                copy(at(out, (first + r) * D * P), at(projection, r * columns_hr), P)
+                clear(at(projection, r * columns_hr), P, P_pad)
+                copy(at(h, (begin + r) * P_pad), at(projection, r * columns_hr), P_pad)
+                copy(at(out, (first + r) * D * P_pad), at(projection, r * columns_hr), P_pad)
 
 
 def backward(
-    cell,
-    zero,
-    saved,  # [N, KEPT, H] as forward left it
-    out,  # [N, D, P], of this direction
-    dout,  # [N, D, P], of this direction, or zero rows if not ``given``
-    h0,  # [B, P]
-    w_hh,  # panels [*, G * H, width]; not touched unless ``multiply``
-    w_hr,  # panels [*, P, width], if projected
-    zeros,  # [columns]
-    offsets,
-    dh,  # [B, P] the gradient of the final state, and then of the initial one
-    ds,  # [S - 1, D, B, H], of this direction
-    dpre,  # [N, slots, H]
-    dh_all,  # [N, P] the whole gradient of h, if projected
-    T,
-    B,
-    H,
-    P,
-    D,
-    own_H,
-    own_P,
-    G,
-    shared,
-    states,
-    kept,
-    columns,  # of back
-    columns_hr,  # zero if not projected
-    reverse,
-    packed,
-    given,
-    multiply,
-    dgh,  # [rows, G * H] what W_hh is multiplied with
-    back,  # [rows, columns] the product: scratch, or unless ``multiply`` that of the turn before
-    scratch,  # [rows, columns_hr]
-    begin,
-    end,
-    first_turn,  # counted from the last step; in one after the first step only dh changes
-    end_turn,
-):
-    """Some turns of sequences ``begin`` to ``end``."""
+    cell, zero, saved, out, dout, h0, w_hh, w_hr, zeros, offsets, dh, ds, dpre, dh_all, T, B,
+    H_pad, P_pad, D, H, P, G, summed, states, num_saved, columns, columns_hr, reverse, packed,
+    has_dout, multiply, dgh, dh_product, scratch, begin, end, first_turn, end_turn,
+):  # fmt: skip
+    """Turns ``first_turn`` to ``end_turn`` of sequences ``begin`` to ``end``."""
     saved = pointer(saved, zero)
     out = pointer(out, zero)
     dout = pointer(dout, zero)
@@ -217,23 +242,23 @@ def backward(
     dpre = pointer(dpre, zero)
     dh_all = pointer(dh_all, zero)
     dgh = pointer(dgh, zero)
-    back = pointer(back, zero)
-    dm = pointer(scratch, zero)
-    plane = D * B * H
-    slots = 2 * G - shared
-    values = kept - (states - 1) - (columns_hr > 0)
+    dh_product = pointer(dh_product, zero)
+    dh_cell = pointer(scratch, zero)
+    plane_stride = D * B * H_pad
+    num_preacts = 2 * G - summed
+    num_values = num_saved - (states - 1) - (columns_hr > 0)
     for turn in range(first_turn, end_turn):
         step = T - 1 - turn
         if turn > 0:
             _, rows = rows_of(offsets, packed, step + 1, reverse, T, B, begin, end)
             if multiply:
-                product(dgh, G * H, rows, w_hh, G * H, columns, zeros, back)
+                product(dgh, G * H_pad, rows, w_hh, G * H_pad, columns, zeros, dh_product)
             for r in range(rows):
-                dh_r = at(dh, (begin + r) * P)
+                dh_r = at(dh, (begin + r) * P_pad)
                 if columns_hr:
-                    copy(dh_r, at(back, r * columns), P)
+                    copy(dh_r, at(dh_product, r * columns), P_pad)
                 else:
-                    add(dh_r, at(back, r * columns), P)
+                    add(dh_r, at(dh_product, r * columns), P_pad)
         if step < 0:
             break
         first, rows = rows_of(offsets, packed, step, reverse, T, B, begin, end)
@@ -243,43 +268,41 @@ def backward(
             before, rows_before = rows_of(offsets, packed, step - 1, reverse, T, B, begin, end)
         for r in range(rows):
             row = first + r
-            dh_r = at(dh, (begin + r) * P)
-            if given:
-                add(dh_r, at(dout, row * D * P), P)
+            dh_r = at(dh, (begin + r) * P_pad)
+            if has_dout:
+                add(dh_r, at(dout, row * D * P_pad), P_pad)
             if columns_hr:
-                clear(dh_r, own_P, P)
-                copy(at(dh_all, row * P), dh_r, P)
+                clear(dh_r, P, P_pad)
+                copy(at(dh_all, row * P_pad), dh_r, P_pad)
         if columns_hr:
-            product(at(dh, begin * P), P, rows, w_hr, P, columns_hr, zeros, dm)
+            product(at(dh, begin * P_pad), P_pad, rows, w_hr, P_pad, columns_hr, zeros, dh_cell)
         for r in range(rows):
             row = first + r
-            dh_r = at(dh, (begin + r) * P)
-            v = at(saved, row * kept * H)
-            dpre_r = at(dpre, row * slots * H)
-            h_before = at(h0, (begin + r) * P)
+            dh_r = at(dh, (begin + r) * P_pad)
+            v = at(saved, row * num_saved * H_pad)
+            dpre_r = at(dpre, row * num_preacts * H_pad)
+            h_before = at(h0, (begin + r) * P_pad)
             if r < rows_before:
-                h_before = at(out, (before + r) * D * P)
-            dy = at(dm, r * columns_hr) if columns_hr else dh_r
+                h_before = at(out, (before + r) * D * P_pad)
+            dy = at(dh_cell, r * columns_hr) if columns_hr else dh_r
             call(cell, (
-                v, h_before, at(v, values * H), at(out, row * D * P), dy, at(ds, (begin + r) * H),
-                plane, dpre_r, H,
+                v, h_before, at(v, num_values * H_pad), at(out, row * D * P_pad), dy,
+                at(ds, (begin + r) * H_pad), plane_stride, dpre_r, H_pad,
             ))  # fmt: skip
-            dgh_r = at(dgh, r * G * H)
-            copy(dgh_r, dpre_r, shared * H)
-            copy(at(dgh_r, shared * H), at(dpre_r, G * H), (G - shared) * H)
+            dgh_r = at(dgh, r * G * H_pad)
+            copy(dgh_r, dpre_r, summed * H_pad)
+            copy(at(dgh_r, summed * H_pad), at(dpre_r, G * H_pad), (G - summed) * H_pad)
             for g in range(G):
-                clear(at(dgh_r, g * H), own_H, H)
+                clear(at(dgh_r, g * H_pad), H, H_pad)
 
 
 @cache
 def compiled(element: types.Float) -> tuple[Any, Any]:
     """The two loops over time."""
-    i, flag = types.intp, types.boolean
-    signatures = (
-        types.void(i, element, *[i] * 22, *[flag] * 4, *[i] * 6),
-        types.void(i, element, *[i] * 25, *[flag] * 4, *[i] * 7),
-    )
-    return (
-        cached(njit, signatures[0], forward, nogil=True),
-        cached(njit, signatures[1], backward, nogil=True),
-    )
+    kinds = {int: types.intp, bool: types.boolean, float: element}
+    loops = []
+    for function, arguments in (forward, ForwardArguments), (backward, BackwardArguments):
+        assert tuple(signature(function).parameters) == arguments._fields
+        parameters = [kinds[kind] for kind in get_type_hints(arguments).values()]
+        loops.append(cached(njit, types.void(*parameters), function, nogil=True))
+    return tuple(loops)

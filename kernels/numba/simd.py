@@ -1,8 +1,9 @@
-"""Vectors of the processor's own width, as a type of Numba's, and what is computed on them.
+"""Vectors of the processor's native width as a Numba type, and the operations on them.
 
-LLVM's vectorizer has to prove that a dozen pointers do not overlap before it touches a loop over
-them, and gives up. So kernels say what a vector is: ``load`` and ``store`` move one, operators and
-the functions below compute on all of its lanes, and numbers become vectors where they meet one.
+LLVM's vectorizer would have to prove that a dozen pointers do not overlap before it vectorises a
+loop over them, and gives up. So kernels use vectors explicitly: ``load`` and ``store`` move one,
+operators and the functions below compute on all of its lanes, and a number combined with a vector
+becomes a vector.
 
 A tile is the product of a few rows with a panel of weights, held in registers.
 """
@@ -45,10 +46,10 @@ __all__ = [
 
 
 def _bytes() -> int:
-    """Of a vector: what the processor has, as far as torch may use it (ATEN_CPU_CAPABILITY)."""
+    """The bytes of a vector: the processor's width, as far as ATEN_CPU_CAPABILITY allows it."""
     try:
         features = llvm.get_host_cpu_features()
-    except RuntimeError:  # LLVM cannot tell
+    except RuntimeError:  # LLVM does not know the processor
         features = {}
     allowed = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
     return min(allowed, 64 if features.get("avx512f") else 32 if features.get("avx2") else 16)
@@ -58,14 +59,14 @@ _BYTES = _bytes()
 _STAMP = f"{_BYTES}_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 
 PANEL = 2
-"""Vectors of a panel: its columns."""
+"""The width of a panel, in vectors."""
 
 ROWS = 8 if _BYTES == 64 else 4
-"""Rows of the largest tile: with PANEL vectors each, what the registers hold."""
+"""Rows of the largest tile: with PANEL vectors per row, it fills the registers."""
 
 
 class Vector(types.Type):
-    """So many elements of a float type as a register has."""
+    """As many elements of a float type as fit in a register."""
 
     def __init__(self, element: types.Float) -> None:
         super().__init__(f"Vector({element})")
@@ -118,7 +119,7 @@ def _operator(function: Callable[..., Any], instruction: str) -> None:
             return None
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
-        # A product and a sum may become one instruction; nothing else may be changed.
+        # A product and a sum may be contracted to one instruction. No other change is allowed.
         return getattr(builder, instruction)(*args, flags=("contract",))
 
     arity = 1 if function is operator.neg else 2
@@ -146,10 +147,10 @@ def pointer(typingctx, address, like):
 
 
 def cached(decorator: Callable[..., Any], signature: Any, function: Any, **options: Any) -> Any:
-    """Compiled, and kept in a file if there is a folder that it may be written to.
+    """Compile a function, and cache it in a file if a folder is writable.
 
-    Numba names the file after the function, and sees whether its source has changed. What this file
-    says, the width of vectors above all, it would not see.
+    Numba names the file after the function, and detects changes of the function's own source. It
+    would not detect changes of this file, above all of the vector width, hence the stamp.
     """
     options["error_model"] = "numpy"
     function.__qualname__ = f"{function.__name__}_{_STAMP}"
@@ -161,7 +162,7 @@ def cached(decorator: Callable[..., Any], signature: Any, function: Any, **optio
 
 @intrinsic
 def call(typingctx, address, arguments):
-    """The C function at an address, which returns nothing."""
+    """Call the C function at an address, which returns nothing."""
 
     def codegen(context, builder, sig, args):
         values = [builder.extract_value(args[1], k) for k in range(len(arguments))]
@@ -184,7 +185,7 @@ def at(typingctx, base, index):
 
 @intrinsic
 def lanes(typingctx, base):
-    """How many of what ``base`` points to are in a vector."""
+    """The number of elements of ``base``'s type in a vector."""
     count = Vector(base.dtype).lanes
 
     def codegen(context, builder, sig, args):
@@ -203,8 +204,8 @@ def load(typingctx, base, index):
     kind = Vector(base.dtype)
 
     def codegen(context, builder, sig, args):
-        place = _vector_at(builder, *args, kind)
-        return builder.load(place, align=kind.element.bitwidth // 8)
+        address = _vector_at(builder, *args, kind)
+        return builder.load(address, align=kind.element.bitwidth // 8)
 
     return kind(base, types.intp), codegen
 
@@ -215,8 +216,8 @@ def store(typingctx, base, index, value):
     kind = Vector(base.dtype)
 
     def codegen(context, builder, sig, args):
-        place = _vector_at(builder, args[0], args[1], kind)
-        builder.store(args[2], place, align=kind.element.bitwidth // 8)
+        address = _vector_at(builder, args[0], args[1], kind)
+        builder.store(args[2], address, align=kind.element.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(base, types.intp, kind), codegen
@@ -235,7 +236,7 @@ def put(typingctx, base, index, value):
 
 @intrinsic
 def where_less(typingctx, a, b, x, y):
-    """In each lane x where ``a < b``, else y, also where a is NaN."""
+    """Per lane: x where ``a < b``, otherwise y. NaN compares as not less."""
     kind = next(t for t in (a, b, x, y) if isinstance(t, Vector))
 
     def codegen(context, builder, sig, args):
@@ -245,7 +246,7 @@ def where_less(typingctx, a, b, x, y):
 
 
 def _integers(kind: Vector, value: int) -> ir.Constant:
-    """Lanes of so many bits as an element has."""
+    """A vector of integers as wide as the elements."""
     return ir.Constant(
         ir.VectorType(ir.IntType(kind.element.bitwidth), kind.lanes), [value] * kind.lanes
     )
@@ -273,7 +274,7 @@ def absolute(x):
 
 @intrinsic
 def power_of_2(typingctx, n):
-    """``2^n`` of what was rounded to an integer by the addition of ROUND, which is still in it."""
+    """``2^n``, where n was rounded to an integer by adding a large constant, still included."""
     mantissa, bias = (23, 127) if n.element.bitwidth == 32 else (52, 1023)
 
     def codegen(context, builder, sig, args):
@@ -284,8 +285,8 @@ def power_of_2(typingctx, n):
     return n(n), codegen
 
 
-# exp, sigmoid and tanh: ranges and polynomials of Cephes. Only exponentials of numbers up to 0 are
-# needed, which cannot overflow.
+# exp, sigmoid and tanh, with the ranges and polynomials of Cephes. Arguments of exp are at most 0,
+# so it cannot overflow.
 
 
 @njit
@@ -341,12 +342,12 @@ def _tanh64(x):
 
 
 def exp(x: Any) -> Any:
-    """The exponential of numbers up to 0."""
-    raise NotImplementedError("within compiled code only")
+    """The exponential of numbers that are at most 0."""
+    raise NotImplementedError("exp is for compiled code only")
 
 
 def tanh(x: Any) -> Any:
-    raise NotImplementedError("within compiled code only")
+    raise NotImplementedError("tanh is for compiled code only")
 
 
 @overload(exp)
@@ -369,10 +370,10 @@ def sigmoid(x):
 
 
 def _tile(R: int) -> Any:
-    """``out[r] = init + a[r] W`` of R rows and a panel ``W [K, PANEL vectors]``.
+    """``out[r] = init + a[r] W`` for R rows and a panel ``W [K, PANEL vectors]``.
 
-    K is a positive multiple of 4. With few rows, parts of K are summed side by side: a single sum
-    would leave the multipliers waiting for it.
+    K is a positive multiple of 4. With few rows, several partial sums over K are computed side by
+    side, since the multipliers would have to wait for a single sum.
     """
     split = {1: 4, 2: 2}.get(R, 1)
     integer, vectors = ir.IntType(64), range(PANEL)
@@ -392,8 +393,8 @@ def _tile(R: int) -> Any:
                 index = builder.add(index, number(v * kind.lanes))
                 return _vector_at(builder, base, index, kind)
 
-            def read(*place: Any) -> ir.Value:
-                return builder.load(vector(*place), align=size)
+            def read(*index: Any) -> ir.Value:
+                return builder.load(vector(*index), align=size)
 
             starts = [builder.gep(a, [builder.mul(stride, number(r))]) for r in range(R)]
             first = [read(init, number(0), v) for v in vectors]
@@ -415,9 +416,9 @@ def _tile(R: int) -> Any:
                 row = builder.mul(k_s, number(PANEL * kind.lanes))
                 weights = [read(w, row, v) for v in vectors]
                 for r in range(R):
-                    many = _fill(builder, builder.load(builder.gep(starts[r], [k_s])), kind.ir)
+                    a_k = _fill(builder, builder.load(builder.gep(starts[r], [k_s])), kind.ir)
                     for v in vectors:
-                        term = builder.fmul(many, weights[v], flags=("contract",))
+                        term = builder.fmul(a_k, weights[v], flags=("contract",))
                         after[s, r, v] = builder.fadd(sums[s, r, v], term, flags=("contract",))
             k_after = builder.add(k, number(split))
             k.add_incoming(number(0), before)

@@ -1,8 +1,8 @@
-"""Compile kernels for GPUs that are not there, and read what they take.
+"""Compile kernels without a GPU, and measure the resources that they use.
 
-``python -m fastrnn aot`` prints what :func:`measure` finds and what breaks a budget. Everything is
-compiled exactly as a launch would: by the same launches, of tensors without data, under a driver
-that knows its target only.
+``python -m fastrnn.kernels.triton`` prints the results of :func:`measure` and the budgets that a
+kernel breaks. Kernels are compiled exactly as in a run: by the same launches, with tensors on the
+meta device, under a driver that only knows its target.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from fastrnn.kernels.triton.plans import (
     resident,
     streaming,
 )
+from fastrnn.layer import Layer, Rows, Weights
 
 PRECISIONS = {"16-bit": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 PASSES = ("forward", "backward")
 
 OPTIONS = ("inference", "packed", "projected", "odd", "float16")
-"""What makes other kernels of a plan: "odd" is an H that is no multiple of 16."""
+"""Options that change the kernels of a plan. "odd" is an H that is not a multiple of 16."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Request:
     """A kernel of a plan.
 
     Attributes:
-        options: of OPTIONS.
+        which: one of PASSES.
+        options: a subset of OPTIONS.
     """
 
     architecture: str
@@ -74,14 +76,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the compiler made of a request.
+    """The resources of the compiled kernels of a request.
 
     Attributes:
-        registers: of a thread; on AMD of both kinds together.
-        spills: bytes of stack that registers were written to.
-        shared: bytes.
-        products: tensor-core instructions of a warp and step, as counted and as worked out.
-        problems: which budgets it breaks.
+        registers: per thread; on AMD of both kinds together.
+        spills: bytes of stack that registers were spilled to.
+        shared: bytes of shared memory.
+        products: tensor-core instructions per warp and step, as counted and as expected.
+        problems: descriptions of the budgets that it breaks.
     """
 
     registers: int
@@ -92,7 +94,7 @@ class Kernel:
 
 
 class _Driver:
-    """What triton asks of a driver before it compiles."""
+    """The part of a driver that triton needs in order to compile."""
 
     def __init__(self, architecture: str) -> None:
         kind, arch = architecture.split(":")
@@ -113,7 +115,7 @@ class _Driver:
 def compiled(request: Request) -> list[tuple[launch.Launch, Any]]:
     """The distinct kernels of a request, each with a launch of it."""
     if launch.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET=1 is set: there is nothing to compile")
+        raise RuntimeError("TRITON_INTERPRET=1 is set, so there is nothing to compile")
     triton.runtime.driver.set_active(_Driver(request.architecture))
     kernels: dict[str, tuple[launch.Launch, Any]] = {}
 
@@ -128,36 +130,33 @@ def compiled(request: Request) -> list[tuple[launch.Launch, Any]]:
     projected = request.proj_size > 0
     T, B, D, G, P = 3, 16, 1, len(cell.gates), request.proj_size or H
 
-    def some(*shape: int) -> Tensor:
+    def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    weights = [
-        (
-            some(G * H, H),
-            some(G * H, P),
-            some(G * H),
-            some(G * H),
-            some(P, H) if projected else None,
-        )
-    ]
+    weights = Weights(
+        ih=empty(G * H, H),
+        hh=empty(G * H, P),
+        bias_ih=empty(G * H),
+        bias_hh=empty(G * H),
+        hr=empty(P, H) if projected else None,
+    )
     packed = "packed" in request.options
-    x = some(T * B, H) if packed else some(T, B, H)
-    batch_sizes = torch.full((T,), B) if packed else None
-    final = tuple(some(D, B, H if k else P) for k in cell.state_range)
+    x = empty(T * B, H) if packed else empty(T, B, H)
+    rows = Rows(T, B, T * B, torch.full((T,), B) if packed else None)
+    final = tuple(empty(D, B, H if k else P) for k in cell.state_range)
+    layer = Layer(cell, rows, [weights], final)
     target = Target(request.precision, 1 << 20, request.architecture.startswith("hip"))
-    how = (request.plan, target)
-    what = (cell, x, weights, final, batch_sizes, B)
     if request.which == "forward":
-        launch.forward(*how, *what, "inference" not in request.options, run=run)
+        save = "inference" not in request.options
+        launch.forward(request.plan, target, layer, x, save, run)
     else:
-        out = some(*x.shape[:-1], D * P)
-        saved = some(D, T * B, cell.saved_slots(projected), H)
-        launch.backward(*how, *what, out, saved, out, final, run=run)
+        out, saved = empty(*x.shape[:-1], D * P), empty(*layer.saved_shape(H))
+        launch.backward(request.plan, target, layer, x, out, saved, out, final, run)
     return list(kernels.values())
 
 
 def measure(request: Request) -> Kernel:
-    """Compile a request and hold it against the limits of its architecture."""
+    """Compile a request and compare it with the limits of its architecture."""
     found = [_measure(request, one, made) for one, made in compiled(request)]
     return Kernel(
         max(k.registers for k in found),
@@ -176,7 +175,7 @@ def _measure(request: Request, one: launch.Launch, made: Any) -> Kernel:
     pattern = r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma\b" if cuda else r"\bv_mfma"
     counted, expected = len(re.findall(pattern, text)), _products(request, one)
     if not one.constants["RESIDENT"] and expected:
-        # Pipelines put up to two turns of the loop over K before or after it.
+        # Pipelining moves up to two iterations of the loop over K before or after it.
         expected *= min(max(1, counted // expected), 3)
     products = (counted, expected)
     limits = LIMITS.get(request.architecture)
@@ -194,16 +193,16 @@ def _measure(request: Request, one: launch.Launch, made: Any) -> Kernel:
         )
     if products[0] != products[1]:
         problems.append(f"{products[0]} tensor-core instructions a step, not {products[1]}")
-    meetings = 1 + (one.constants["PROJECTED"] and one.constants["PART"] == "both")
-    if not one.constants["RESIDENT"] and (dots := _dots_in_inner_loops(made)) != meetings:
-        problems.append(f"{dots} products of tiles in the loops over K, not {meetings}")
+    loops = 1 + (one.constants["PROJECTED"] and one.constants["PART"] == "both")
+    if not one.constants["RESIDENT"] and (dots := _dots_in_inner_loops(made)) != loops:
+        problems.append(f"{dots} products of tiles in the loops over K, not {loops}")
     before, inside = (_weight_loads(made, inside) for inside in (False, True))
     if one.constants["RESIDENT"] and inside:
         problems.append(f"{inside} loads of resident weights inside the loop over time")
     if not (before if one.constants["RESIDENT"] else inside):
         problems.append("no load of weights was found where it should be")
     if one.constants["RESIDENT"] and _prefetches(made):
-        problems.append("what a step writes is read ahead, in stages")
+        problems.append("data that a step writes is read ahead, in pipeline stages")
     if one.constants["SYNC"] == "grid":
         problems += [f"the barrier lacks {what}" for what in _barrier_lacks(one, made)]
     return Kernel(registers, spills, shared, products, tuple(problems))
@@ -219,7 +218,7 @@ _SHAPES = {
 
 
 def _products(request: Request, one: launch.Launch) -> int:
-    """Tensor-core instructions that a warp needs for a step, or in a loop over K for a turn."""
+    """Tensor-core instructions that a warp needs per step, or per iteration of a loop over K."""
     shape = _SHAPES.get((request.architecture.split(":")[0], request.precision))
     if shape is None:
         return 0
@@ -229,7 +228,7 @@ def _products(request: Request, one: launch.Launch) -> int:
     first = c["PART"] in ("both", "cell" if forward else "product")
     second = c["PROJECTED"] and c["PART"] in ("both", "projection" if forward else "cell")
     # Columns and K of the products with W_hh and W_hr.
-    columns = (c["BH"] * request.cell.slots, c["BP"]) if forward else (c["BP"], c["BH"])
+    columns = (c["BH"] * request.cell.num_preacts, c["BP"]) if forward else (c["BP"], c["BH"])
     if c["SYNC"] == "program":
         depths = (c["BP"], c["BH"]) if forward else (G * c["BH"], c["BP"])
     elif c["RESIDENT"]:
@@ -246,14 +245,14 @@ def _products(request: Request, one: launch.Launch) -> int:
 
 
 def _dots_in_inner_loops(made: Any) -> int:
-    """Products of tiles in a turn of the loops over K, together."""
+    """Products of tiles per iteration of the loops over K, summed over the loops."""
     loop = r"^( {6,})(?:%\S+ = )?scf\.for [^\n]*\n((?:(?!\1\}).*\n)*)"
     bodies = re.findall(loop, made.asm["ttgir"], re.MULTILINE)
     return sum(len(re.findall(r"= (?:tt\.dot|ttng\.\w*(?:dot|mma))\b", b)) for _, b in bodies)
 
 
 def _of_cubin(made: Any) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack, which is where registers are spilled to."""
+    """Registers per thread, and bytes of its stack, to which registers are spilled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -267,20 +266,20 @@ def _of_cubin(made: Any) -> tuple[int, int]:
 
 
 def _of_amdgcn(text: str) -> tuple[int, int]:
-    """Registers of a lane, both kinds, and bytes of scratch memory."""
+    """Registers per lane, of both kinds, and bytes of scratch memory."""
 
     def number(name: str) -> int:
         match = re.search(rf"\.{name}:\s+(\d+)", text)
         assert match, name
         return int(match[1])
 
-    # What spills from scalar registers goes to lanes of vector registers, and costs no memory.
+    # Scalar registers spill to lanes of vector registers, which needs no memory.
     spilled = max(number("private_segment_fixed_size"), 4 * number("vgpr_spill_count"))
     return number("vgpr_count"), spilled
 
 
 def _time_loop(ir: str) -> tuple[int, int]:
-    """Where the loop over time begins and ends: the first for of the function's own block."""
+    """Begin and end of the loop over time: the first ``for`` at the function's top level."""
     begin = re.search(r"^    (?:%\S+ = )?scf\.for ", ir, re.MULTILINE)
     if begin is None:
         return len(ir), len(ir)
@@ -306,27 +305,27 @@ def _weight_loads(made: Any, inside: bool) -> int:
         r"(?:tt\.load|buffer_load\w*|async_copy_global_to_local)\b.*loc\((#loc\d*)\)", ir
     ):
         if (begin <= match.start() < end) == inside:
-            # The innermost place comes first in a chain of call sites.
-            place = names[match[1]]
-            while inner := re.match(r"[^#]*(#loc\d+)", place):
-                place = names[inner[1]]
-            line = re.search(r'":(\d+):\d+', place)
+            # A chain of call sites begins with the innermost location.
+            location = names[match[1]]
+            while inner := re.match(r"[^#]*(#loc\d+)", location):
+                location = names[inner[1]]
+            line = re.search(r'":(\d+):\d+', location)
             loads += line is not None and first <= int(line[1]) < last
     return loads
 
 
 def _prefetches(made: Any) -> bool:
-    """Whether what a step writes is read by copies that an earlier one began."""
+    """Whether asynchronous copies, begun in an earlier step, read data that a step writes."""
     ir = made.asm["ttgir"]
     begin, end = _time_loop(ir)
     return "async_copy" in ir[begin:end]
 
 
 def _barrier_lacks(one: launch.Launch, made: Any) -> list[str]:
-    """What the device-wide barrier needs and the code does not have at each of its places.
+    """The parts of the device-wide barrier that the code lacks in at least one place.
 
-    All threads have written before one says so, by a release; nobody reads before that one has
-    heard of all others, by an acquire.
+    All threads must have written before one thread signals, by a release. No thread may read before
+    that thread has seen the arrivals of all programs, by an acquire.
     """
     cuda = "ptx" in made.asm
     code, ir = made.asm["ptx" if cuda else "amdgcn"], made.asm["ttgir"]
@@ -346,15 +345,15 @@ def _barrier_lacks(one: launch.Launch, made: Any) -> list[str]:
         "a barrier of the program after it": (rf"{loop}\s*{barrier}", ir),
     }
     if not cuda:
-        # Of every wave, with no store between it and the barrier.
+        # By every wave, with no store between it and the barrier.
         stores = r"(?:global|buffer|flat)_(?:store|atomic)"
         wait = rf"ASMSTART\n\s*s_waitcnt vmcnt\(0\)\n(?:(?!.*{stores}).*\n)*?\s*s_barrier"
         needed["a wait for stores"] = (wait, code)
-    meetings = 1 + one.constants["PROJECTED"]
+    syncs = 1 + one.constants["PROJECTED"]
     return [
         what
         for what, (pattern, text) in needed.items()
-        if sum(1 for _ in re.finditer(pattern, text, re.MULTILINE)) < meetings
+        if sum(1 for _ in re.finditer(pattern, text, re.MULTILINE)) < syncs
     ]
 
 
@@ -364,7 +363,7 @@ def requests(
     precisions: list[str],
     options: frozenset[str] = frozenset(),
 ) -> list[Request]:
-    """Every kernel of the plan table that may have these options, once each."""
+    """Every distinct kernel of the plan table for which these options exist."""
     chosen: dict[Any, Request] = {}
     for architecture in architectures:
         for mode in modes:
@@ -372,7 +371,7 @@ def requests(
                 G = len(CELLS[mode].gates)
                 for H in BUCKETS:
                     if "projected" in options and BUCKETS[-1] > H:
-                        # The largest of which find() says that it is this row's.
+                        # The largest H for which find() returns this entry.
                         H = 2 * G * H // (2 * G + 1) // 16 * 16
                     plans = find(architecture, mode, precision, H)
                     for which, plan in zip(PASSES, plans or (), strict=False):
@@ -395,7 +394,7 @@ def _exists(request: Request) -> bool:
 
 
 def _kernel_of(request: Request) -> Request:
-    """Kernels whose weights are not resident serve every H."""
+    """The request with H = 0 if its kernel serves every H, as without resident weights."""
     return request if request.plan.resident else replace(request, H=0)
 
 
@@ -405,17 +404,18 @@ def candidates(request: Request) -> Iterator[Plan]:
     size = PRECISIONS[request.precision].itemsize
     if H <= 64:
         yield from (program(8), program(4), program(2))
-    # Some 64 columns: four warps of a tensor-core tile each, or K split over the warps.
-    units = 64 // cell.slots if forward else 16 if cell.slots > 1 else 64
-    columns = units * cell.slots if forward else units
+    # About 64 columns: four warps of a tensor-core tile each, or K split over the warps.
+    preacts = cell.num_preacts
+    units = 64 // preacts if forward else 16 if preacts > 1 else 64
+    columns = units * preacts if forward else units
     teams = [(1, 4), (1, 8)] if columns > 16 else [(4, 4), (8, 8)]
     depths = (128, 64, 32) if size == 2 else (64, 32, 16)
     limits = LIMITS[request.architecture]
-    weights = size * H * units * (cell.slots if forward else len(cell.gates))
+    weights = size * H * units * (preacts if forward else len(cell.gates))
     if weights <= max(limits.shared, 4 * limits.registers) and H <= 1024:
         yield from (resident(units, k, split, warps) for split, warps in teams for k in depths)
     if H > 1024:
-        # Half as many programs, which must all be on the device.
+        # Half as many programs, since all of them must be on the device at once.
         units, teams = 2 * units, [*teams, (1, 4)]
     yield from (streaming(units, k, split, warps) for split, warps in teams for k in depths)
 
@@ -423,12 +423,12 @@ def candidates(request: Request) -> Iterator[Plan]:
 def _compile(request: Request) -> Kernel | str:
     try:
         return measure(request)
-    except Exception as error:  # triton has no common class for what it cannot compile
+    except Exception as error:  # triton's compile errors have no common class
         return f"does not compile: {(str(error).splitlines() or [repr(error)])[-1]}"
 
 
 def measure_alone(request: Request) -> Kernel | str:
-    """In a process of its own: where the compiler fails an assertion, it ends the process."""
+    """:func:`measure` in a process of its own, which a failed compiler assertion would end."""
     with ProcessPoolExecutor(1, get_context("fork")) as pool:
         try:
             return pool.submit(_compile, request).result()
@@ -442,7 +442,7 @@ def _holds(request: Request) -> bool:
 
 
 def search(request: Request) -> Plan | None:
-    """The first candidate within the limits; ``request.plan`` is not looked at."""
+    """The first candidate within the limits; ``request.plan`` is ignored."""
     for plan in candidates(request):
         if _holds(replace(request, plan=plan)):
             return plan
@@ -451,7 +451,7 @@ def search(request: Request) -> Plan | None:
 
 def largest(request: Request) -> int:
     """The largest H, in steps of 128 and to 2048, for which the plan is within the limits."""
-    # Upwards, since what is far too large takes the compiler minutes.
+    # Upwards, since the compiler takes minutes for an H that is far too large.
     H = request.H
     while BUCKETS[-1] > H and _holds(replace(request, H=H + 128)):
         H += 128

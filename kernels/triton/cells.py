@@ -1,12 +1,12 @@
-"""The cells: what happens to a tile of hidden units in one step, and its reverse.
+"""The cells: one step of a tile of hidden units, forward and backward.
 
-The derivations, and what a slot is, stand in ``fastrnn/cells.py``; names and orders here are the
-same. Every value is a float32 tile ``[rows, units]``:
+The derivations and the order of the pre-activations are in ``fastrnn/cells.py``; names and orders
+here are the same. Every value is a float32 tile ``[rows, units]``:
 
-    forward(pre[slots], s[states]) -> (y[states], v[saved])
-    backward(v[saved], s[states], h, dy[states]) -> (dpre[slots], ds[states])
+    forward(pre[num_preacts], s[states]) -> (y[states], v[saved])
+    backward(v[saved], s[states], h, dy[states]) -> (dpre[num_preacts], ds[states])
 
-Where a cell saves nothing, ``v`` is h, which nobody stores.
+The ``v`` of a cell that saves nothing is h, and is not stored.
 """
 
 import triton
@@ -16,7 +16,7 @@ from triton.language.target_info import is_cuda
 
 @triton.jit
 def exp2(x):
-    """One instruction, of which a subnormal result is zero; tl.exp2 takes care not to lose it."""
+    """One instruction; subnormal results become zero, which tl.exp2 avoids with extra code."""
     if is_cuda():
         y = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
@@ -39,7 +39,7 @@ def reciprocal(x):
 
 @triton.jit
 def tanh(x):
-    # The difference loses the digits of a small x: there a polynomial (Cephes tanhf).
+    # The difference below loses the digits of a small x; a polynomial (Cephes tanhf) keeps them.
     z = x * x
     p = -5.70498872745e-3 * z + 2.06390887954e-2
     p = p * z - 5.37397155531e-2

@@ -1,9 +1,9 @@
-"""How a layer is divided among programs, and which plan is taken: no triton is imported here.
+"""How a layer is divided among programs, and the choice of a plan. Does not import triton.
 
-A plan is looked up by architecture, cell, precision and hidden size, never by T or B. Those of
-sm_90 in ``table.py`` were chosen by time on an H200, the others by what the compiler says a kernel
-takes.
-``python -m fastrnn aot`` compiles and checks every row again.
+A plan is looked up by architecture, cell, precision and hidden size, never by T or B. In
+``table.py``, the plans of sm_90 were chosen by time on an H200; the others were chosen by the
+resources that the compiler reports for a kernel. ``python -m fastrnn.kernels.triton`` compiles and
+checks every entry again.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Plan:
     """How a layer is divided among programs.
 
     Args:
-        sync: how programs that share sequences meet: "program", "grid" or "launch"; see
+        sync: how programs that share sequences synchronise: "program", "grid" or "launch"; see
             ``sequence.py``.
-        resident: whether a program's weights stay with it for all steps; else they are read at
+        resident: whether a program keeps its weights for all steps; otherwise it reads them at
             every step.
-        units: hidden units of a program, and elements of a projected h; with ``sync="program"``
-            they are all its own.
-        depth: a product's K is cut into tiles of so many, times ``split``.
-        split: so many parts of K are summed side by side, for products with too few columns to
-            give every warp some.
-        warps: of a program.
-        rows: sequences of a program.
+        units: hidden units of a program, and elements of a projected h; unused with
+            ``sync="program"``, where a program has all of them.
+        depth: a product's K is cut into tiles of ``depth * split``.
+        split: the number of parts of K that are summed side by side, for products with too few
+            columns to occupy every warp.
+        warps: per program.
+        rows: sequences per program.
     """
 
     sync: str
@@ -58,16 +58,16 @@ class Plan:
     rows: int = 16
 
     def programs(self, H: int) -> int:
-        """How many share a layer's units."""
+        """The number of programs that share the units of a layer."""
         return 1 if self.sync == "program" else -(-H // self.units)
 
-    def apart(self) -> Plan:
-        """With a launch for each step and small tiles, where programs do not fit on the device."""
+    def as_stepwise(self) -> Plan:
+        """One launch per step and small tiles, where the programs do not all fit on the device."""
         return replace(self, sync="launch", resident=False, units=self.units or 16, depth=16)
 
     def kinds(self) -> list[Plan]:
-        """The plan, and what runs instead where not all of its programs fit at once."""
-        return [self, self.apart()] if self.sync == "grid" else [self]
+        """The plan, and the one that replaces it where its programs do not all fit at once."""
+        return [self, self.as_stepwise()] if self.sync == "grid" else [self]
 
     def __str__(self) -> str:
         if self.sync == "program":
@@ -97,12 +97,13 @@ class Plans(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a plan is run on.
+    """The device that runs a plan.
 
     Attributes:
-        precision: as :func:`precision` says.
-        programs_at_once: how many surely run at the same time, and so may wait for each other.
-        amd: whether it is a GPU of AMD's.
+        precision: as returned by :func:`precision`.
+        programs_at_once: the number of programs that are guaranteed to run at the same time, and
+            so may wait for each other.
+        amd: whether it is an AMD GPU.
     """
 
     precision: str
@@ -111,14 +112,14 @@ class Target(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a program of an architecture may take.
+    """The resources of an architecture.
 
     Attributes:
-        shared: bytes of shared memory.
-        registers: of 32 bits, of all threads of a program together.
-        warp: threads of a warp.
-        processors: that a plan of the table may count on. A device with fewer, whole or a part of
-            one, gets a launch for each step where that is too few.
+        shared: bytes of shared memory per program.
+        registers: 32-bit registers of all threads of a program together.
+        warp: threads per warp.
+        processors: the number that a plan of the table may rely on. A device with fewer, or a
+            partition of a device, runs one launch per step where a plan needs more.
     """
 
     shared: int
@@ -127,8 +128,8 @@ class Limits(NamedTuple):
     processors: int
 
 
-# Of the CUDA programming guide's table of compute capabilities, and of the CDNA3 instruction set:
-# four SIMDs of 512 registers times 64 lanes.
+# From the table of compute capabilities in the CUDA programming guide, and from the CDNA3
+# instruction set: four SIMDs of 512 registers times 64 lanes.
 LIMITS = {
     "cuda:80": Limits(163 << 10, 64 << 10, 32, 108),
     "cuda:90": Limits(227 << 10, 64 << 10, 32, 132),
@@ -137,25 +138,26 @@ LIMITS = {
 }
 
 BUCKETS = (64, 128, 256, 512, 1024, 2048)
-"""Hidden sizes up to which a row of the table reaches; there are no kernels beyond the last."""
+"""The largest hidden size of each entry of the table; there are no kernels beyond the last."""
 
-# Modes that differ in a function of one argument share their plans, but for rows of their own.
+# Modes that differ only in a function of one argument share plans, except where one has an entry
+# of its own.
 _FAMILY = {"RNN_TANH": "RNN", "RNN_RELU": "RNN", "GRU": "GRU", "LSTM": "LSTM"}
 MODES = tuple(_FAMILY)
 
 
 def shares(mode: str) -> bool:
-    """Whether the mode only has rows of its own where those of its family do not hold for it."""
+    """Whether the mode uses its family's entries, except where one does not hold for it."""
     return mode == "RNN_RELU"
 
 
 def names(mode: str) -> tuple[str, ...]:
-    """Under which names the plan table may have a mode's row; the first that it has is the one."""
+    """The names under which the plan table may have an entry for a mode; the first found counts."""
     return (mode, _FAMILY[mode]) if mode in _FAMILY else ()
 
 
 def precision(dtype: torch.dtype, hip: bool) -> str:
-    """How products are computed: "16-bit", or float32 like torch's cuDNN RNNs, "tf32" or "ieee"."""
+    """How products are computed: "16-bit", or "tf32" or "ieee" as torch sets it for cuDNN RNNs."""
     if dtype.itemsize == 2:
         return "16-bit"
     if hip:
@@ -171,34 +173,34 @@ def precision(dtype: torch.dtype, hip: bool) -> str:
 def find(
     architecture: str, mode: str, precision: str, H: int, gates: int = 1, proj_size: int = 0
 ) -> Plans | None:
-    """The plans of a row of the table; None if there is none.
+    """The plans of an entry of the table; None if there is none.
 
-    The weights of a projection stay with a program too, so they count like more units; where
-    weights are read at every step, all have room.
+    Resident weights include those of a projection, so a projection counts as more units, up to the
+    last bucket: there weights are read at every step, and any number fits.
     """
     from fastrnn.kernels.triton.table import TABLE
 
-    most = BUCKETS[-1]
-    if most >= H:
-        H = min(most, H + -(-proj_size // gates))
+    limit = BUCKETS[-1]
+    if limit >= H:
+        H = min(limit, H + -(-proj_size // gates))
     bucket = next((b for b in BUCKETS if b >= H), None)
-    rows = (TABLE.get((architecture, name, precision, bucket)) for name in names(mode))
-    return next((plans for plans in rows if plans), None)
+    entries = (TABLE.get((architecture, name, precision, bucket)) for name in names(mode))
+    return next((plans for plans in entries if plans), None)
 
 
-def has_own_row(architecture: str, mode: str, precision: str, bucket: int) -> bool:
-    """Whether a row of the table is for this mode alone, or for all that share it."""
+def has_own_entry(architecture: str, mode: str, precision: str, bucket: int) -> bool:
+    """False if the mode only reuses an entry that another mode of its family has."""
     from fastrnn.kernels.triton.table import TABLE
 
     return not shares(mode) or (architecture, mode, precision, bucket) in TABLE
 
 
 class Device(NamedTuple):
-    """What data sheets say of a GPU.
+    """A GPU, from its data sheet.
 
     Attributes:
-        clock: cycles a second.
-        flops: of a processor and cycle, by the precision of products.
+        clock: cycles per second.
+        flops: per processor and cycle, by the precision of products.
     """
 
     processors: int
@@ -206,9 +208,10 @@ class Device(NamedTuple):
     flops: dict[str, int]
 
 
-# Taken for all of them. Bytes a cycle and processor: from its own memory, from L2, and from L2 if
-# all read at once. Seconds, as they decide best what an H200 measured: from a store in a processor
-# to a load in another, with what else a step waits for; and of a step that a library launches.
+# The same for all devices. Bytes per cycle and processor: from shared memory, from L2, and from L2
+# while all processors read. Seconds, chosen to predict best which was faster on an H200: from a
+# store in one processor to a load in another, with all else that a step waits for; and the overhead
+# of a step that a library launches.
 SHARED, INGEST, CACHE = 128, 64, 24
 BARRIER, LAUNCH = 1.8e-6, 5e-6
 
@@ -222,10 +225,12 @@ DEVICES = {
 
 
 class Step(NamedTuple):
-    """A step of a layer on paper, forward; in reverse the same weights meet as many sequences.
+    """The cost model of one step of a layer, forward.
+
+    The backward pass multiplies the same weights with as many sequences.
 
     Attributes:
-        B: sequences, of all directions.
+        B: sequences of all directions together.
     """
 
     gates: int
@@ -236,11 +241,12 @@ class Step(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """Elements that a sequence is multiplied with."""
+        """Weights that each sequence is multiplied with."""
         return self.gates * self.H * (self.proj_size or self.H) + self.proj_size * self.H
 
     @property
-    def meetings(self) -> int:
+    def syncs(self) -> int:
+        """Barriers per step."""
         return 2 if self.proj_size else 1
 
     @property
@@ -248,34 +254,34 @@ class Step(NamedTuple):
         return 2 if self.precision == "16-bit" else 4
 
     def least_time(self, plan: Plan, device: Device) -> dict[str, float]:
-        """Seconds by a plan, by what they are spent on."""
+        """The least seconds per step that a plan takes, by what they are spent on."""
         groups, programs = -(-self.B // plan.rows), plan.programs(self.H)
         at_once = max(1, min(groups, device.processors // programs))
         waves = -(-groups // at_once)
         weights = self.itemsize * self.weights
         if plan.resident:
-            weights_take = weights / programs / (SHARED * device.clock)
+            weights_time = weights / programs / (SHARED * device.clock)
         else:
-            weights_take = at_once * weights / (device.processors * CACHE * device.clock)
-        h_takes = 0.0
+            weights_time = at_once * weights / (device.processors * CACHE * device.clock)
+        h_time = 0.0
         if plan.sync != "program":
-            # What each meeting passes on, to every program.
-            passed = plan.rows * ((self.proj_size or self.H) + self.H * (self.meetings - 1))
+            # The elements that every program reads after the barriers.
+            passed = plan.rows * ((self.proj_size or self.H) + self.H * (self.syncs - 1))
             bandwidth = min(INGEST, device.processors * CACHE / (at_once * programs))
-            h_takes = self.itemsize * passed / (bandwidth * device.clock)
+            h_time = self.itemsize * passed / (bandwidth * device.clock)
         flops = 2.0 * plan.rows * self.weights / programs
         parts = {
-            "weights": weights_take,
-            "h": h_takes,
+            "weights": weights_time,
+            "h": h_time,
             "products": flops / (device.flops[self.precision] * device.clock),
-            "barrier": 0.0 if plan.sync == "program" else self.meetings * BARRIER,
+            "barrier": 0.0 if plan.sync == "program" else self.syncs * BARRIER,
         }
         return {name: waves * seconds for name, seconds in parts.items()}
 
     def launched_time(self, device: Device) -> float:
-        """Seconds if it is launched, reads its weights from L2, and is otherwise perfect."""
+        """Seconds if each step is launched, reads its weights from L2, and is otherwise ideal."""
         cycles = max(
             self.itemsize * self.weights / CACHE,
             2.0 * self.B * self.weights / device.flops[self.precision],
         )
-        return float(self.meetings * LAUNCH + cycles / (device.processors * device.clock))
+        return float(self.syncs * LAUNCH + cycles / (device.processors * device.clock))

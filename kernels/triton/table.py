@@ -1,7 +1,7 @@
-"""The plan table: for sm_90 what an H200 ran fastest, for others as ``aot --search`` printed it.
+"""The plan table: for sm_90 the fastest plans on an H200, for others the output of ``--search``.
 
-By architecture, cell or family of cells, precision, and the largest hidden size of the row. Where a
-cell has a row of its own, it comes before its family's.
+The keys are architecture, cell or family of cells, precision, and the largest hidden size of the
+entry. A cell's own entry takes precedence over that of its family.
 """
 
 from fastrnn.kernels.triton.plans import Plans, program, resident, streaming

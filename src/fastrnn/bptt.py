@@ -19,26 +19,26 @@ def tbptt(
     *,
     dim: int = 0,
 ) -> Iterator[tuple[Any, Any]]:
-    """Truncated back-propagation through time: run ``step`` on one window after the other.
+    """Truncated back-propagation through time: run ``step`` on one window after another.
 
-    The state is carried from window to window, and no gradient flows back through it: what a
-    backward pass needs is that of one window. With one window it is back-propagation in full.
+    The state is carried from window to window, but no gradient flows back through it, so a backward
+    pass needs the memory of one window only. With a single window it is full back-propagation.
 
     Args:
         step: ``step(*windows, state) -> (result, new state)``.
-        sequences: one tensor or several, of one length along ``dim``; ``step`` gets the same part
-            of each.
+        sequences: one tensor, or several of the same length along ``dim``; ``step`` gets the same
+            part of each.
         window: steps in a window; the last may have fewer.
-        state: what the first window begins with: None, a tensor, or tensors in any nesting, such as
-            a layer's ``hx``.
+        state: the initial state: None, a tensor, or any nesting of tensors, such as the ``hx`` of a
+            layer.
         dim: the dimension of time, 1 for ``batch_first``.
 
     Yields:
-        The result of each window, which is to be differentiated before the next is asked for if
-        ``step`` depends on what an optimizer changes, and the state after it, detached.
+        The result of each window and the detached state after it. Run backward on the result before
+        you advance the iterator if an optimizer changes parameters that ``step`` depends on.
 
     Raises:
-        TypeError: ``sequences`` are no tensors, or ``window`` is no int.
+        TypeError: ``sequences`` are not tensors, or ``window`` is not an int.
         ValueError: ``window`` is below 1, the lengths differ, or there is no dimension ``dim``.
 
     Source: Williams and Peng 1990, "An Efficient Gradient-Based Algorithm for On-Line Training of

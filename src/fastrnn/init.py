@@ -1,7 +1,7 @@
-r"""Initialisations that recurrent layers are known to need.
+r"""Initialisations for recurrent layers.
 
-Each takes a layer or a cell, of fastrnn or of torch.nn, changes its parameters in place and returns
-it. W_ih is left as it is, for :mod:`torch.nn.init` to change.
+Each takes a layer or a cell of fastrnn or torch.nn, changes its parameters in place and returns it.
+W_ih is unchanged; use :mod:`torch.nn.init` for it.
 
 >>> import torch, fastrnn
 >>> rnn = fastrnn.init.identity_(fastrnn.RNN(8, 16, nonlinearity="relu"))
@@ -22,18 +22,14 @@ __all__ = ["chrono_", "forget_bias_", "identity_", "orthogonal_"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# What keeps the old state when it is 1, and what lets new input in.
-_KEEPS = {"LSTM": "f", "GRU": "z"}
-_ADMITS = {"LSTM": "i"}
-
 
 def identity_(module: Module, scale: float = 1.0) -> Module:
-    """``W_hh = scale * I`` and biases of zero, which carry the state through time unchanged.
+    """Set ``W_hh = scale * I`` and zero biases, which carry the state through time unchanged.
 
     For an :class:`~fastrnn.RNN` with ``nonlinearity="relu"``: an IRNN.
 
     Raises:
-        TypeError: the module is no recurrent layer or cell.
+        TypeError: the module is not a recurrent layer or cell.
         ValueError: it is not an RNN with relu.
 
     Source: Le, Jaitly and Hinton 2015, "A Simple Way to Initialize Recurrent Networks of Rectified
@@ -50,11 +46,11 @@ def identity_(module: Module, scale: float = 1.0) -> Module:
 
 
 def orthogonal_(module: Module, gain: float = 1.0) -> Module:
-    """Each gate's block of W_hh, ``[H, H]`` (projected: ``[H, P]``), is orthogonal, times ``gain``.
+    """Set each gate's block of W_hh, ``[H, H]`` or ``[H, P]``, to ``gain`` times an orthogonal one.
 
     Raises:
-        TypeError: the module is no recurrent layer or cell.
-        ValueError: it is an RNNCell of a nonlinearity that torch lacks.
+        TypeError: the module is not a recurrent layer or cell.
+        ValueError: it is an RNNCell whose nonlinearity torch does not have.
 
     Source: Saxe, McClelland and Ganguli 2014, "Exact solutions to the nonlinear dynamics of
     learning in deep linear neural networks".
@@ -68,46 +64,48 @@ def orthogonal_(module: Module, gain: float = 1.0) -> Module:
 
 
 def forget_bias_(module: Module, value: float = 1.0) -> Module:
-    """The bias of the gate that keeps the state is ``value``: the LSTM's f, the GRU's z.
+    """Set the bias of the gate that keeps the state to ``value``: the LSTM's f, the GRU's z.
 
-    It is the sum of both biases that counts: ``bias_ih`` gets ``value`` and ``bias_hh`` zero there.
+    Only the sum of both biases matters. ``bias_ih`` becomes ``value`` and ``bias_hh`` zero there.
 
     Raises:
-        TypeError: the module is no recurrent layer or cell.
+        TypeError: the module is not a recurrent layer or cell.
         ValueError: it has no such gate, or no biases.
 
     Source: Gers, Schmidhuber and Cummins 2000, "Learning to Forget"; Jozefowicz, Zaremba and
     Sutskever 2015, "An Empirical Exploration of Recurrent Network Architectures".
     """
-    keeps = _gate(module, _KEEPS)
+    gate = _keep_gate(module)
     with torch.no_grad():
         for direction in _directions(module):
-            direction.set_bias(keeps, torch.as_tensor(value))
+            direction.set_bias(gate, torch.as_tensor(value))
     return module
 
 
 def chrono_(module: Module, longest: int) -> Module:
-    r"""Gates remember for times spread evenly up to ``longest`` steps, the longest dependency.
+    r"""Spread the times for which the gates remember evenly up to ``longest`` steps.
+
+    ``longest`` is the longest dependency in the data.
 
     The bias of the gate that keeps the state is :math:`\log u` with u uniform in
-    ``[1, longest - 1]``; that of the LSTM's input gate is the negative of it.
+    ``[1, longest - 1]``; that of the LSTM's input gate is its negative.
 
     Raises:
-        TypeError: the module is no recurrent layer or cell.
+        TypeError: the module is not a recurrent layer or cell.
         ValueError: it has no such gate, or no biases, or ``longest`` is below 3.
 
     Source: Tallec and Ollivier 2018, "Can recurrent neural networks warp time?".
     """
     if longest < 3:
         raise ValueError(f"expected a longest dependency of 3 steps or more, got {longest}")
-    mode, keeps = _mode(module), _gate(module, _KEEPS)
+    keep_gate, input_gate = _keep_gate(module), CELLS[_mode(module)].input_gate
     with torch.no_grad():
         for direction in _directions(module):
             bias = direction.biases[0]
             times = torch.empty(len(bias) // len(direction.gates)).uniform_(1, longest - 1).log()
-            direction.set_bias(keeps, times)
-            if mode in _ADMITS:
-                direction.set_bias(_ADMITS[mode], -times)
+            direction.set_bias(keep_gate, times)
+            if input_gate is not None:
+                direction.set_bias(input_gate, -times)
     return module
 
 
@@ -135,13 +133,15 @@ def _mode(module: nn.Module) -> str:
     raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
 
 
-def _gate(module: nn.Module, gates: dict[str, str]) -> str:
+def _keep_gate(module: nn.Module) -> str:
+    """The gate that keeps the state, in a module with biases."""
     mode = _mode(module)
-    if mode not in gates:
+    gate = CELLS[mode].keep_gate
+    if gate is None:
         raise ValueError(f"expected a cell with a gate that keeps the state, got {mode}")
     if not module.bias:
         raise ValueError("expected a module with biases, got bias=False")
-    return gates[mode]
+    return gate
 
 
 def _directions(module: nn.Module) -> Iterator[_Direction]:
