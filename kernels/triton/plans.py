@@ -23,6 +23,7 @@ __all__ = [
     "Plans",
     "Step",
     "Target",
+    "cudnn_precision",
     "find",
     "precision",
     "program",
@@ -160,13 +161,15 @@ def precision(dtype: torch.dtype, hip: bool) -> str:
     """How products are computed: "16-bit", or "tf32" or "ieee" as torch sets it for cuDNN RNNs."""
     if dtype.itemsize == 2:
         return "16-bit"
-    if hip:
-        return "ieee"
+    return "ieee" if hip else cudnn_precision()
+
+
+def cudnn_precision() -> str:
+    """torch's setting for float32 RNNs in cuDNN, "tf32" or "ieee"."""
+    cudnn = torch.backends.cudnn
     # torch before 2.9 has one setting for all of cuDNN.
-    setting = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
-    if setting is None:
-        setting = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    return "tf32" if setting == "tf32" else "ieee"
+    setting = getattr(getattr(cudnn, "rnn", None), "fp32_precision", None)
+    return "tf32" if setting == "tf32" or (setting is None and cudnn.allow_tf32) else "ieee"
 
 
 @cache

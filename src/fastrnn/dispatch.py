@@ -256,14 +256,12 @@ def resolve_backend(
     backend: str | None,
 ) -> Backend:
     """The module that :func:`explain_choice` names, from a cache, since every call asks."""
-    precision = None if device.type == "cpu" else cudnn_precision()
+    precision = None if device.type == "cpu" else _cudnn_precision()
     return _select_cached(cell, dtype, device, sizes, *_requested(backend), precision)
 
 
-def cudnn_precision() -> object:
-    """The precision of float32 RNNs in cuDNN, on which a choice depends.
+def _cudnn_precision() -> str:
+    # Imported when a GPU is used: importing fastrnn loads no kernels.
+    from fastrnn.kernels.triton.plans import cudnn_precision
 
-    torch before 2.9 has one setting for all of cuDNN.
-    """
-    cudnn = torch.backends.cudnn
-    return getattr(getattr(cudnn, "rnn", None), "fp32_precision", None) or cudnn.allow_tf32
+    return cudnn_precision()

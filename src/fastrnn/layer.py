@@ -5,7 +5,7 @@ of the C++ engine (``csrc/engine.h``). Sizes: T steps, N rows in all, B rows at 
 D directions, G gates, input size I, hidden size H, and P, the size of h, which is H unless the
 layer is projected.
 
-Everything that a backend may rely on is checked here, whoever calls: tensors that fit together.
+What a backend may rely on is checked here for every caller: tensors that fit together.
 The checks raise RuntimeError, or ValueError, that names what was expected and what came. The
 modules check their user's arguments first, in torch's words.
 """
