@@ -264,4 +264,5 @@ def _cudnn_precision() -> str:
     # Imported when a GPU is used: importing fastrnn loads no kernels.
     from fastrnn.kernels.triton.plans import cudnn_precision
 
-    return cudnn_precision()
+    setting: str = cudnn_precision()
+    return setting
