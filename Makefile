@@ -81,7 +81,7 @@ readme: ## write the last run of `make bench`, and of bench-loaded, into README.
 	$(bin)/python bench/report.py build/bench/results.json --readme \
 		--beside $(wildcard build/bench/busy.json build/bench/one-core.json)
 
-loaded := $(bench) --peers torch.nn --seconds 0.5 \
+loaded := $(bench) --competitors torch.nn --seconds 0.5 \
 	-k "not (layers or bidirectional or packed or thread or cell or deterministic)"
 bench-loaded: $(VENV)/.bench ## measure against torch.nn on busy cores, and on one core
 	@mkdir -p build/bench && rm -f build/bench/one-core.json build/bench/busy.json
