@@ -178,13 +178,9 @@ def main(argv: list[str] | None = None) -> None:
         return (error / series.scale.item()) ** 2
 
     last = len(series.values)
-    years = (
-        f"{series.times[0]} to {series.times[T - 1]}, test from {series.times[series.validation]}"
-    )
-    print(
-        f"{args.series.name}: {last} values; training on {first} to {end}, test from {test}",
-        flush=True,
-    )
+    starts, ends, tested = (series.times[k] for k in (0, T - 1, series.validation))
+    years = f"training on {starts} to {ends}, test from {tested}"
+    print(f"{args.series.name}: {last} values; {years}", flush=True)
     training.run(loss_of_a_batch, validate, 20, args.checkpoint)
 
     predicted = forecasts(model, series, CYCLE)

@@ -191,7 +191,7 @@ def plot(
         training.draw(left, "cross-entropy of a word, nats")
         right.imshow(weights.tolist(), cmap="Blues", vmin=0, vmax=1)
         right.set_xticks(range(len(source)), source, rotation=45, ha="right")
-        right.set_yticks(range(len(text)), text)
+        right.set_yticks(range(len(output)), output)
         right.set(xlabel="words read", ylabel="words written")
 
 
