@@ -458,9 +458,10 @@ class Report:
                 f"- CPU: {self.ours['threads']} threads of {cpu}, {self.ours['torch_isa']}, "
                 f"geometric mean over {len(EVEN)} shapes. Best: {best}. Worst: {worst}. "
                 f"Of {len(results)} cases {slower} are slower than torch.nn.",
-                f"- GPU: the only one measured; GPU time of {GPU_STEPS} steps in a CUDA graph, "
-                "training and inference. Wide layers in large batches are slower than cuDNN, down "
-                f"to {times(lowest)}; there the automatic choice is cuDNN.",
+                "- GPU: the only model measured. Lowest and highest ratio of training and "
+                f"inference, in GPU time of {GPU_STEPS} steps in a CUDA graph. Wide layers in "
+                f"large batches are slower than cuDNN, down to {times(lowest)}; there the "
+                "automatic choice is cuDNN.",
             ]
         )
 
