@@ -125,7 +125,7 @@ class Result:
 class Report:
     def __init__(self, data: dict[str, Any]) -> None:
         self.machine = data["machine_info"]
-        self.ours = self.machine["fastrnn"]
+        self.settings = self.machine["fastrnn"]
         self.commit = data["commit_info"]
         extra = [b["extra_info"] for b in data["benchmarks"]]
         self.results = [Result(**{**e, "shape": Shape(*e["shape"])}) for e in extra if e]
@@ -145,7 +145,7 @@ class Report:
         They are read from the nearest memory level that holds them: W_hh once per step, W_ih once
         per call, and in training both again in the backward pass.
         """
-        probe = self.ours["probe"].get(str(r.threads))
+        probe = self.settings["probe"].get(str(r.threads))
         if not probe:
             return None
 
@@ -169,28 +169,32 @@ class Report:
     # Text
 
     def heading(self) -> list[str]:
-        versions = ", ".join(f"{n} {v}" for n, v in self.ours["versions"].items())
+        versions = ", ".join(f"{n} {v}" for n, v in self.settings["versions"].items())
         commit = str(self.commit.get("id"))[:10] + (
             " and changes" if self.commit.get("dirty") else ""
         )
         cpu = self.machine.get("cpu", {}).get("brand_raw", self.machine["processor"])
-        lines = [] if self.ours.get("device", "cpu") == "cpu" else [f"- on {self.ours['device']}"]
+        lines = (
+            []
+            if self.settings.get("device", "cpu") == "cpu"
+            else [f"- on {self.settings['device']}"]
+        )
         lines += [
-            f"- {self.ours.get('dtype', 'float32')}; {self.ours['threads']} threads on "
-            f"{self.ours['cores']} cores of {cpu}, instruction set of torch: "
-            f"{self.ours['torch_isa']}; {self.ours['engine']}"
-            + ("; all cores kept busy by other processes" if self.ours["busy"] else ""),
+            f"- {self.settings.get('dtype', 'float32')}; {self.settings['threads']} threads on "
+            f"{self.settings['cores']} cores of {cpu}, instruction set of torch: "
+            f"{self.settings['torch_isa']}; {self.settings['engine']}"
+            + ("; all cores kept busy by other processes" if self.settings["busy"] else ""),
             f"- Python {self.machine['python_version']}, {versions}; commit {commit}",
-            f"- {self.ours['seconds']:g} s per case, at least "
+            f"- {self.settings['seconds']:g} s per case, at least "
             f"{min(r.rounds for r in self.results)} rounds; in the median case the middle half "
             f"of the ratios to torch.nn spans {100 * spread(self.results):.0f} % of their median",
         ]
-        if self.ours["import"]:
+        if self.settings["import"]:
             lines.append(
-                f"- `import fastrnn` adds {self.ours['import']:.0f} ms to `import torch`, the "
+                f"- `import fastrnn` adds {self.settings['import']:.0f} ms to `import torch`, the "
                 "median of ten processes"
             )
-        for threads, probe in self.ours["probe"].items():
+        for threads, probe in self.settings["probe"].items():
             if probe:
                 lines.append(
                     f"- measured limit of {threads} thread{'' if threads == '1' else 's'}: "
@@ -455,8 +459,9 @@ class Report:
                 f"| {gpu['device']}, bfloat16, at most {GPU_HIDDEN} hidden units and batch "
                 f"{GPU_BATCH}, against cuDNN | {' | '.join(ranges[c] for c in cells)} |",
                 "",
-                f"- CPU: {self.ours['threads']} threads of {cpu}, {self.ours['torch_isa']}, "
-                f"geometric mean over {len(EVEN)} shapes. Best: {best}. Worst: {worst}. "
+                f"- CPU: {self.settings['threads']} threads of {cpu}, "
+                f"{self.settings['torch_isa']}, geometric mean over {len(EVEN)} shapes. "
+                f"Best: {best}. Worst: {worst}. "
                 f"Of {len(results)} cases {slower} are slower than torch.nn.",
                 "- GPU: the only model measured. Lowest and highest ratio of training and "
                 f"inference, in GPU time of {GPU_STEPS} steps in a CUDA graph. Wide layers in "
@@ -505,7 +510,7 @@ class Report:
     def plot_roofline(self) -> plt.Figure:
         """Rates against flops per byte of W_hh, if it is read once per step."""
         figure, ax = plt.subplots(figsize=(8, 5.5))
-        threads = self.ours["threads"]
+        threads = self.settings["threads"]
         results = [r for r in self.results if not r.variant]
         for cell, marker in zip(CELLS, "o^s", strict=True):
             for which, fill in zip(PASSES, ("none", "full"), strict=True):
@@ -521,7 +526,7 @@ class Report:
                     ax.plot(
                         *zip(*points, strict=True), marker, fillstyle=fill, label=f"{cell} {which}"
                     )
-        probe = self.ours["probe"].get(str(threads))
+        probe = self.settings["probe"].get(str(threads))
         if probe:
             x = [10 ** (k / 20 - 1) for k in range(70)]
             for size, rate in probe["read"]:
@@ -567,7 +572,7 @@ class Report:
         ax.set_yticks([k + 0.2 for k in range(len(labels))], labels, fontsize=8)
         ax.invert_yaxis()
         ax.axvline(1, color="0.3", lw=1)
-        ax.set_xlabel(f"time of 1 thread over time of {self.ours['threads']}")
+        ax.set_xlabel(f"time of 1 thread over time of {self.settings['threads']}")
         figure.legend(loc="upper right", ncol=2, frameon=False)
         figure.tight_layout(rect=(0, 0, 1, 0.95))
         return figure
