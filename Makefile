@@ -1,18 +1,18 @@
-# The environment is made once. VENV=, PYTHON=, TORCH=, TRITON= and CXX= choose another, for example
+# The environment is created once. VENV=, PYTHON=, TORCH=, TRITON= and CXX= select another, for example
 #   make test VENV=.venv-old TORCH='torch==2.6.0 --index-url https://download.pytorch.org/whl/cpu'
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# What the wheel is tested beside, too; several GB on Linux, where PyPI has builds for CUDA only.
+# A second torch for the tests of the wheel; several GB on Linux, where PyPI has CUDA builds only.
 NEWEST_TORCH ?= torch==2.14.1
-# Python, torch and Numba that `make matrix` tries: every Python, from the oldest of all to the newest.
+# The versions of Python, torch and Numba for `make matrix`: every Python, from the oldest set to the newest.
 MATRIX ?= 3.10-2.6.0-0.61.2 3.11-2.13.0 3.12-2.13.0 3.13-2.14.1
-# With which the plan table was chosen; other versions from 3.6 on compile other code.
+# The plan table was chosen with this version; others, from 3.6 on, generate different code.
 TRITON ?= triton==3.7.1
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip install -qq
-# Not `python -m pytest`, which would put the root, and so a second copy of kernels/, on the path.
+# Not `python -m pytest`: it puts the root on the path, and with it a second copy of kernels/.
 pytest := $(bin)/pytest -q
 csrc := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc)
 extension := build/extension-$(notdir $(VENV))
@@ -26,10 +26,10 @@ selftest := build/selftest-$(notdir $(lastword $(CXX)))
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## train a small language model with fastrnn and with torch.nn, and plot both
+demo: $(VENV)/.demo ## train a small language model with torch.nn and with fastrnn, and plot both
 	$(bin)/python examples/char_lm.py --plot char_lm.png
 
-gallery: $(VENV)/.examples ## run the examples, and draw the plots of docs/examples
+gallery: $(VENV)/.examples ## run the examples and draw the plots of docs/examples
 	$(bin)/python examples/one_step.py --plot docs/examples/one_step.png
 	$(bin)/python examples/melody.py --plot docs/examples/melody.png
 	$(bin)/python examples/classify.py --task sentiment --plot docs/examples/sentiment.png
@@ -42,53 +42,53 @@ gallery: $(VENV)/.examples ## run the examples, and draw the plots of docs/examp
 	$(bin)/python examples/classify.py --task dna --cell gru --hidden 32 --embedding 8 --dropout 0.2 --steps 2000 \
 		--plot docs/examples/dna.png
 
-# What may not be shipped: the data frame DNA of R's package mlbench.
-junctions: $(junctions) ## fetch the DNA that examples/classify.py learns, from Debian
+# May not be shipped: the data frame DNA of the R package mlbench.
+junctions: $(junctions) ## fetch the DNA data of examples/classify.py from Debian
 $(junctions):
 	mkdir -p build && cd build && rm -f r-cran-mlbench_*.deb && apt-get download r-cran-mlbench && \
 		dpkg -x r-cran-mlbench_*.deb .
 
-test: $(VENV)/.dev ## run the tests, but for the heavy ones
+test: $(VENV)/.dev ## run the tests except the heavy ones
 	$(pytest) -n 2 -m "not heavy" tests --cov
 
 heavy: $(VENV)/.dev ## run the heavy tests
 	$(pytest) -m heavy --timeout 1800 -o faulthandler_timeout=1860 tests
 
-# Where there is no AVX-512, AVX2 is what `make test` runs with.
+# Without AVX-512, `make test` runs with AVX2 already.
 isa := $(if $(shell grep -s -m 1 avx512f /proc/cpuinfo),avx2) default
-test-isa: $(VENV)/.dev ## run the engine's tests with only part of the processor's instruction set
+test-isa: $(VENV)/.dev ## run the engine tests on smaller instruction sets of this processor
 	for isa in $(isa); do \
 		ATEN_CPU_CAPABILITY=$$isa $(pytest) -n 2 -m "isa and not heavy" tests || exit 1; done
 
-test-numba: $(VENV)/.dev ## run the tests of the modules with the Numba backend
+test-numba: $(VENV)/.dev ## run the tests of the modules on the Numba backend
 	FASTRNN_BACKEND=numba $(pytest) -n 2 -m "contract and not heavy" tests
 
-test-gpu: $(VENV)/.dev ## run the tests of the Triton kernels on this machine's GPU
+test-gpu: $(VENV)/.dev ## run the tests of the Triton kernels on the GPU of this machine
 	FASTRNN_TEST_GPU=1 $(pytest) tests/test_gpu.py
 
-aot: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and check what they take; AOT= has options
+aot: $(VENV)/.dev ## compile the GPU kernels without a GPU and check their resources; AOT= has options
 	$(bin)/python -m fastrnn.kernels.triton $(AOT)
 
-# The peers are optional: whoever is not installed is reported as missing. Timings have one process.
+# Competitors are optional: those that are not installed are reported as missing. Timings use one process.
 bench := $(bin)/pytest -q --timeout 900 -o faulthandler_timeout=960 \
 	--benchmark-disable-gc --benchmark-columns=median --benchmark-sort=name
-bench: build/probe $(VENV)/.bench ## measure fastrnn against torch.nn and every other peer, and plot
+bench: build/probe $(VENV)/.bench ## measure fastrnn against torch.nn and the other competitors, and plot
 	@mkdir -p build/bench && rm -f build/bench/results.json
 	$(bench) --probe build/probe --memory --benchmark-json build/bench/results.json bench; \
 		status=$$?; $(bin)/python bench/report.py build/bench/results.json && exit $$status
 
-readme: ## write the last run of `make bench`, and of bench-loaded, into README.md and docs/
+readme: ## write the last results of bench and bench-loaded into README.md and docs/
 	$(bin)/python bench/report.py build/bench/results.json --readme \
 		--beside $(wildcard build/bench/busy.json build/bench/one-core.json)
 
-loaded := $(bench) --peers torch.nn --seconds 0.5 \
+loaded := $(bench) --competitors torch.nn --seconds 0.5 \
 	-k "not (layers or bidirectional or packed or thread or cell or deterministic)"
-bench-loaded: $(VENV)/.bench ## measure against torch.nn on busy cores, and on one core
+bench-loaded: $(VENV)/.bench ## measure against torch.nn on busy cores and on one core
 	@mkdir -p build/bench && rm -f build/bench/one-core.json build/bench/busy.json
 	taskset -c 0 $(loaded) --benchmark-json build/bench/one-core.json bench
 	$(loaded) --busy --benchmark-json build/bench/busy.json bench
 
-bench-compare: $(VENV)/.bench ## measure this tree against another commit: BASE=rev
+bench-compare: $(VENV)/.bench ## compare this tree with another commit: BASE=rev
 	$(bin)/python bench/compare.py $(BASE)
 
 lint: $(VENV)/.dev ## check style and types
@@ -97,24 +97,24 @@ lint: $(VENV)/.dev ## check style and types
 	$(bin)/mypy
 	$(bin)/clang-format --dry-run --Werror $(csrc) bench/probe.cpp
 
-sanitize: $(selftest) $(selftest)-openmp build/selftest-threads fuzz ## run the C++ under checks of addresses, undefined behaviour and threads
+sanitize: $(selftest) $(selftest)-openmp build/selftest-threads fuzz ## run the C++ self-test under the address, undefined-behaviour and thread sanitizers
 	$(selftest)
 	$(selftest)-openmp
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1 build/selftest-threads
 
-# The extension's argument checks. Python is not sanitized, so the runtime is loaded before it.
-fuzz: build/sanitized $(VENV)/.dev ## call the extension with wrong arguments, under the same checks
+# The argument checks of the extension. Python is not sanitized, so the runtime is preloaded.
+fuzz: build/sanitized $(VENV)/.dev ## call the extension with wrong arguments under the same sanitizers
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=8192 \
 		PYTHONPATH=$<:tests $(bin)/python tests/fuzz_extension.py
 
-# glibc would keep holes between blocks of many sizes, more and more of them, in a heap for each thread.
-soak: $(VENV)/.dev ## run layers of all kinds and sizes for SECONDS, 300 if not said, and watch memory and threads
+# By default glibc has a heap per thread, and the holes between blocks of many sizes accumulate.
+soak: $(VENV)/.dev ## run layers of all kinds and sizes for SECONDS (default 300) and watch memory and threads
 	MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536 $(bin)/python tests/soak.py $(SECONDS)
 
-# The sdist; from it a wheel for this platform, without a copy of libgomp, which is torch's; and one
-# of Python alone for all platforms. Whatever is installed later comes from these files.
-wheel: $(VENV)/.dev ## build the sdist and the wheels, and test those in a clean environment, beside two torches
+# The sdist; from it a wheel for this platform, without a copy of libgomp, because it uses that of
+# torch; and a pure-Python wheel for all platforms. All later installations use these files.
+wheel: $(VENV)/.dev ## build the sdist and the wheels, and test the wheels in a clean environment with two versions of torch
 	rm -rf dist build/wheel
 	FASTRNN_REQUIRE_CPP=1 $(bin)/python -m build --quiet
 	PATH="$(abspath $(bin)):$$PATH" $(bin)/auditwheel -v repair --exclude libgomp.so.1 --wheel-dir dist \
@@ -139,9 +139,9 @@ wheel := build/wheel/bin/python
 test-wheel = cd build/wheel && bin/python -m fastrnn info && \
 	bin/pytest -q -n 2 -m "($(1)) and not heavy" $(CURDIR)/tests
 
-# What pip makes of the sdist, with the compiler, wherever that Python is on the path. On Linux PyPI's
-# torch is that for CUDA, several GB each time.
-matrix: $(MATRIX:%=build/matrix/%.txt) ## install the sdist beside each Python and torch of MATRIX, and run the wheels' tests there
+# What pip builds from the sdist, with the compiler, for each Python that is on the path. On Linux
+# torch from PyPI is the CUDA build, several GB each time.
+matrix: $(MATRIX:%=build/matrix/%.txt) ## install the sdist with each Python and torch of MATRIX, and run the tests of the wheels there
 	@cat $^
 
 part = $(word $(1),$(subst -, ,$*))
@@ -161,15 +161,14 @@ build/matrix/sdist: setup.py pyproject.toml $(csrc) $(wildcard src/fastrnn/*.py 
 	rm -rf $@ && $(bin)/python -m build --quiet --sdist --outdir $@
 
 # Debian's g++-aarch64-linux-gnu and qemu-user.
-aarch64: build/selftest-aarch64 ## build the engine for another architecture, and test it in an emulator
+aarch64: build/selftest-aarch64 ## build the engine for aarch64 and run its self-test in an emulator
 	OMP_NUM_THREADS=2 QEMU_LD_PREFIX=/usr/aarch64-linux-gnu qemu-aarch64 $<
 
-clean: ## remove what was built, but not the environment
+clean: ## remove build results but not the environment
 	rm -rf build dist src/*.egg-info src/fastrnn/*.so char_lm.png
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
-# torch first and alone: no other requirement can then bring a build of its own choice, such as one
-# for CUDA.
+# torch first and alone, so that no other requirement can select another build, such as one for CUDA.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(pip) --upgrade pip
@@ -182,7 +181,7 @@ $(extension): setup.py $(filter-out csrc/selftest.cpp, $(csrc)) | $(VENV)/.torch
 	FASTRNN_REQUIRE_CPP=1 $(bin)/python setup.py --quiet build_ext --inplace --force
 	@mkdir -p build && touch $@
 
-# pip would compile the extension once more, and at every change of pyproject.toml.
+# Without FASTRNN_NO_CPP pip would compile the extension again at every change of pyproject.toml.
 $(VENV)/.demo $(VENV)/.examples $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(extension)
 	FASTRNN_NO_CPP=1 $(pip) --no-build-isolation --editable '.[$*]'
 	@touch $@
@@ -199,11 +198,11 @@ build/sanitized: setup.py $(filter-out csrc/selftest.cpp, $(csrc)) \
 		--build-temp $@/objects --force
 	cp -r src/fastrnn/*.py src/fastrnn/backends $@/fastrnn
 
-# The flags of the vector maths are those of setup.py.
+# The floating-point flags are those of setup.py.
 $(selftest): more := $(sanitizers) -Wno-unknown-pragmas
 $(selftest)-openmp: more := $(sanitizers) -fopenmp
-# GCC's OpenMP does not tell the sanitizer who waits for whom. Clang's does, through Archer. It sees
-# vectors of 16 bytes at most, which are those of the generic engine.
+# The OpenMP of GCC does not report its synchronisation to the thread sanitizer. That of Clang does,
+# through Archer. The sanitizer sees vectors of at most 16 bytes, which the generic engine uses.
 build/selftest-threads: CXX := clang++
 build/selftest-threads: more := -fsanitize=thread -fopenmp
 build/selftest-aarch64: CXX := aarch64-linux-gnu-g++

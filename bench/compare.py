@@ -1,9 +1,9 @@
-"""Another commit against this tree, case by case and sample by sample: does anything regress?
+"""Compare this tree with another commit, case by case, and report regressions.
 
     python bench/compare.py BASE [--match REGEX] [--seconds 1.0]
 
-BASE is checked out and built under build/. Each tree runs in a process of its own and the two take
-turns. Exits with 1 if a case is slower than BASE by more than --tolerance.
+BASE is checked out and built under build/. Each tree runs in its own process, and the two take
+alternate samples. Exits with 1 if a case is slower than BASE by more than --tolerance.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import cases, geometric_mean, problem
-from peers import FEWEST_ROUNDS, OURS, repeats, rest, timed
+from competitors import MIN_ROUNDS, OURS, repeats, rest, timed
 from rich.console import Console
 from rich.progress import track
+from workloads import cases, geometric_mean, problem
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def serve(threads: int) -> None:
-    """Answer each case named on a line with the seconds of a sample, in JSON."""
+    """Read the name of a case from each line; print the seconds of a sample as JSON."""
     by_name = {str(c): c for c in cases()}
     import fastrnn
 
@@ -63,7 +63,7 @@ class Server:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError("a benchmark process ended early")
+            raise RuntimeError("expected an answer, got the end of a benchmark process")
         return json.loads(line)
 
     def sample(self, case: str) -> float:
@@ -98,7 +98,7 @@ def checkout(revision: str) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("base")
-    parser.add_argument("--match", default="", help="only cases whose name this finds")
+    parser.add_argument("--match", default="", help="only cases whose name matches")
     parser.add_argument("--seconds", type=float, default=1.0, help="per case")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--tolerance", type=float, default=0.1)
@@ -114,7 +114,7 @@ def main() -> int:
     for case in track(map(str, chosen), "timing", len(chosen), console=Console(stderr=True)):
         samples = [(base.sample(case), here.sample(case))]
         until = time.perf_counter() + args.seconds
-        while time.perf_counter() < until or len(samples) < FEWEST_ROUNDS:
+        while time.perf_counter() < until or len(samples) < MIN_ROUNDS:
             samples.append((base.sample(case), here.sample(case)))
         ratios[case] = statistics.median(a / b for a, b in samples[1:])
     print(f"| case | time of {args.base} over time of this tree |\n|---|---:|")

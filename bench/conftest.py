@@ -1,4 +1,4 @@
-"""Options of a run, and what is measured once for all cases: the machine's limits, and memory."""
+"""Options of a run, and measurements made once for all cases: machine limits and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import GPU_PEERS, OURS, PEERS, TORCH, Peer, missing
+from competitors import COMPETITORS, GPU_COMPETITORS, OURS, TORCH, Competitor, missing
 
 HERE = Path(__file__).parent
 PROBES = pytest.StashKey[dict[int, Any]]()
@@ -24,49 +24,51 @@ PROBES = pytest.StashKey[dict[int, Any]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastrnn")
     group.addoption("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    group.addoption("--seconds", type=float, default=2.0, help="to spend on a case, about")
-    group.addoption("--peers", help="names, with commas; default: all")
+    group.addoption("--seconds", type=float, default=2.0, help="approximate time per case")
+    group.addoption("--competitors", help="comma-separated names; default: all")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda", "rocm"))
     group.addoption("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    group.addoption("--busy", action="store_true", help="keep all cores busy beside it")
-    group.addoption("--probe", help="the program built from probe.cpp")
-    group.addoption("--memory", action="store_true", help="measure memory too")
+    group.addoption("--busy", action="store_true", help="keep all cores busy with other processes")
+    group.addoption("--probe", help="path of the program built from probe.cpp")
+    group.addoption("--memory", action="store_true", help="also measure memory")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Before the cases, of which some take minutes: the probe, and the names of peers."""
+    """Check the options and run the probe before the cases, some of which take minutes."""
     config = session.config
     device, dtype = config.getoption("--device"), config.getoption("--dtype")
     if device != "cpu" and (
         not torch.cuda.is_available() or bool(torch.version.hip) != (device == "rocm")
     ):
-        raise pytest.UsageError(f"--device {device}: torch {torch.__version__} sees no such device")
+        raise pytest.UsageError(
+            f"--device {device}: torch {torch.__version__} finds no such device"
+        )
     if device == "cpu" and dtype != "float32":
-        raise pytest.UsageError(f"--dtype {dtype}: expected a GPU, or float32")
-    known = [p.name for p in peers_on(config)]
+        raise pytest.UsageError(f"--dtype {dtype}: expected float32 on the CPU")
+    known = [c.name for c in competitors_on(config)]
     if set(names(config)) - set(known) or TORCH.name not in names(config):
         raise pytest.UsageError(
-            f"--peers: expected {TORCH.name} and any of {', '.join(known)}, "
-            f"got {config.getoption('--peers')}"
+            f"--competitors: expected {TORCH.name} and any of {', '.join(known)}, "
+            f"got {config.getoption('--competitors')}"
         )
     threads = {1, config.getoption("--threads")}
     config.stash[PROBES] = {n: probe(config, n) for n in threads}
 
 
-def peers_on(config: pytest.Config) -> tuple[Peer, ...]:
-    return PEERS if config.getoption("--device") == "cpu" else GPU_PEERS
+def competitors_on(config: pytest.Config) -> tuple[Competitor, ...]:
+    return COMPETITORS if config.getoption("--device") == "cpu" else GPU_COMPETITORS
 
 
 def names(config: pytest.Config) -> list[str]:
-    given = config.getoption("--peers")
-    return given.split(",") if given else [p.name for p in peers_on(config)]
+    requested = config.getoption("--competitors")
+    return requested.split(",") if requested else [c.name for c in competitors_on(config)]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
     import fastrnn
 
     versions = {"torch": torch.__version__, "fastrnn": fastrnn.__version__}
-    for name in sorted({n for p in peers_on(config) for n in p.needs}):
+    for name in sorted({n for c in competitors_on(config) for n in c.needs}):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -83,19 +85,19 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
         "engine": engine(config),
         "seconds": config.getoption("--seconds"),
         "import": import_milliseconds() if device_name(config) == "cpu" else None,
-        "probe": {str(n): found for n, found in config.stash[PROBES].items()},
+        "probe": {str(n): result for n, result in config.stash[PROBES].items()},
     }
 
 
 def import_milliseconds() -> float:
-    """What ``import fastrnn`` adds to ``import torch``: the median of ten processes."""
+    """The time that ``import fastrnn`` adds to ``import torch``: the median of ten processes."""
     code = (
         "import time, torch; began = time.perf_counter(); import fastrnn; "
         "print(1e3 * (time.perf_counter() - began))"
     )
     command = [sys.executable, "-c", code]
-    found = [float(subprocess.check_output(command, text=True)) for _ in range(10)]
-    return statistics.median(found)
+    measured = [float(subprocess.check_output(command, text=True)) for _ in range(10)]
+    return statistics.median(measured)
 
 
 def engine(config: pytest.Config) -> str:
@@ -122,18 +124,18 @@ def probe(config: pytest.Config, threads: int, *which: str) -> Any:
 
 @pytest.fixture(scope="session")
 def peak(request: pytest.FixtureRequest) -> Callable[[int], float | None]:
-    """Multiply-adds of some threads just now, in flops a second: the machine drifts."""
+    """Measures the current flops per second of a number of threads; it drifts."""
 
     def measure(threads: int) -> float | None:
-        found = probe(request.config, threads, "flops")
-        return found and found["flops"]
+        measured = probe(request.config, threads, "flops")
+        return measured and measured["flops"]
 
     return measure
 
 
 @pytest.fixture(scope="session", autouse=True)
 def load(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With --busy, as many spinning processes as there are cores."""
+    """With --busy, one spinning process per core."""
     cores = os.cpu_count() or 1 if request.config.getoption("--busy") else 0
     spinners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
     yield
@@ -144,9 +146,9 @@ def load(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Peak bytes and page faults by case, of a process of its own."""
-    wanted = request.config.getoption("--memory") and request.config.getoption("--device") == "cpu"
-    if not wanted or not Path("/proc/self/clear_refs").exists():
+    """Peak bytes and page faults by case, measured in a separate process."""
+    enabled = request.config.getoption("--memory") and request.config.getoption("--device") == "cpu"
+    if not enabled or not Path("/proc/self/clear_refs").exists():
         return {}
     threads = str(request.config.getoption("--threads"))
     result = subprocess.run(
@@ -154,7 +156,7 @@ def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        # Else glibc keeps more and more, and what a call takes depends on what ran before.
+        # Without these glibc keeps freed memory, and a result depends on the cases before it.
         env={
             **os.environ,
             "MALLOC_MMAP_THRESHOLD_": "1048576",
@@ -165,13 +167,14 @@ def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def contestants(request: pytest.FixtureRequest) -> list[Peer]:
-    return [OURS, *(p for p in peers_on(request.config) if p.name in names(request.config))]
+def competitors(request: pytest.FixtureRequest) -> list[Competitor]:
+    selected = names(request.config)
+    return [OURS, *(c for c in competitors_on(request.config) if c.name in selected)]
 
 
 @pytest.fixture(scope="session")
-def absent(contestants: list[Peer]) -> dict[str, str]:
-    reasons = {p.name: missing(p) for p in contestants}
+def absent(competitors: list[Competitor]) -> dict[str, str]:
+    reasons = {c.name: missing(c) for c in competitors}
     if not shutil.which("c++"):
         reasons["torch.compile"] = "no C++ compiler"
     return {name: why for name, why in reasons.items() if why}

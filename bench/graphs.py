@@ -1,11 +1,10 @@
-"""GPU time of a layer, ours and torch.nn's, each replayed from a CUDA graph.
+"""GPU time of a layer of fastrnn and of torch.nn, each replayed from a CUDA graph.
 
-    python bench/graphs.py [--out FILE]     measure on this machine's GPU, and print the tables
-    python bench/graphs.py FILE             print those of a measurement
+    python bench/graphs.py [--out FILE]     measure on the GPU of this machine and print the tables
+    python bench/graphs.py FILE             print the tables of a stored measurement
 
-In a graph the host's time does not count, which is most of what short layers cost otherwise; the
-suite measures that, ``pytest bench --device cuda``. The Triton kernels run at every size, even if
-the automatic choice leaves a layer to torch.
+A replayed graph excludes host time, which dominates short layers; ``pytest bench --device cuda``
+includes it. The Triton kernels run at every size, even where the automatic choice is torch.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Run = Callable[[], Any]
 
 
 def layer(library: Any, cell: str, dtype: torch.dtype, H: int, B: int) -> dict[str, Run]:
-    """One training step and one inference of a layer of as many inputs as hidden units."""
+    """One training step and one inference pass of a layer with I = H."""
     module = getattr(library, cell)(H, H).to("cuda", dtype)
     x, dy = (torch.randn(T, B, H, device="cuda", dtype=dtype) for _ in range(2))
     leaves = [x.requires_grad_(), *module.parameters()]
@@ -50,7 +49,7 @@ def layer(library: Any, cell: str, dtype: torch.dtype, H: int, B: int) -> dict[s
 
 
 def replayed(run: Run) -> float:
-    """Microseconds of a call in a graph: the median of three times five."""
+    """Microseconds per call in a graph: the median of three samples of five replays."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -71,15 +70,15 @@ def replayed(run: Run) -> float:
         return begin.elapsed_time(end) * 1e3 / times
 
     timed(4)
-    took = statistics.median(timed(5) for _ in range(3))
+    microseconds = statistics.median(timed(5) for _ in range(3))
     del results
-    return round(took, 1)
+    return round(microseconds, 1)
 
 
 def measure() -> dict[str, Any]:
     from rich.progress import track
 
-    found = []
+    measured = []
     every = list(itertools.product(DTYPES, CELLS, HIDDEN, BATCHES))
     with fastrnn.use_backend("triton"):
         for dtype, cell, H, B in track(every, "measuring"):
@@ -87,16 +86,16 @@ def measure() -> dict[str, Any]:
             for name, library in (("torch", nn), ("fastrnn", fastrnn)):
                 runs = layer(library, cell, getattr(torch, dtype), H, B)
                 row[name] = {which: replayed(run) for which, run in runs.items()}
-            found.append(row)
+            measured.append(row)
     import triton
 
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     versions += f", cuDNN {torch.backends.cudnn.version()}"
-    return {"device": torch.cuda.get_device_name(), "versions": versions, "rows": found}
+    return {"device": torch.cuda.get_device_name(), "versions": versions, "rows": measured}
 
 
 def tables(measured: dict[str, Any]) -> str:
-    """Times of torch.nn over fastrnn's, and fastrnn's in µs."""
+    """Time of torch.nn over time of fastrnn, and in parentheses the latter in µs."""
     rows = {(r["dtype"], r["cell"], r["H"], r["B"]): r for r in measured["rows"]}
     lines = [f"{measured['device']}, {measured['versions']}; T = {T}, I = H"]
     columns = [(which, B) for which in reversed(PASSES) for B in BATCHES]
@@ -120,13 +119,13 @@ def _cell(row: dict[str, Any] | None, which: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, help="a measurement to print")
+    parser.add_argument("file", nargs="?", type=Path, help="stored measurement to print")
     parser.add_argument("--out", type=Path, help="where to write the measurement")
     args = parser.parse_args(arguments)
     if args.file:
         measured = json.loads(args.file.read_text())
     elif not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} sees no GPU: expected one, or a file to print")
+        parser.error(f"expected a GPU or a file to print, torch {torch.__version__} finds no GPU")
     else:
         measured = measure()
         if args.out:

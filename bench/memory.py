@@ -1,10 +1,11 @@
-"""Peak memory above the inputs and page faults of a warm pass, of torch.nn and of fastrnn, as JSON.
+"""Peak memory and page faults of a warm pass, for torch.nn and fastrnn, as JSON.
 
     MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=1048576 python bench/memory.py
 
-The kernel's high-water mark of resident memory, which counts everybody's buffers alike, the median
-of five calls. Both libraries give back what they keep between calls before they are measured, and
-the allocator, told so by these variables, what is freed of a mebibyte and more. Linux only.
+The peak is the kernel's high-water mark of resident memory above that of the inputs, which counts
+the buffers of both libraries alike: the median of five calls. Memory that a library keeps between
+calls is released first. The variables make the allocator return freed blocks of a mebibyte and more
+to the system. Linux only.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case, cases, problem
-from peers import Module
+from competitors import Module
 from rich.console import Console
 from rich.progress import track
+from workloads import Case, cases, problem
 
 import fastrnn
 from fastrnn.backends import cpp
@@ -36,7 +37,7 @@ def resident(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) << 10
-    raise RuntimeError(f"no {field} in /proc/self/status")
+    raise RuntimeError(f"expected {field} in /proc/self/status, got none")
 
 
 def peak(run: Any) -> int:
@@ -61,10 +62,10 @@ def faults(run: Any) -> float:
 
 
 def measure(case: Case, threads: int) -> dict[str, Any]:
-    numbers = problem(case)
+    tensors = problem(case)
     measured: dict[str, Any] = {"peak": {}, "faults": {}}
     for name in ("torch.nn", "fastrnn"):
-        run = Module(name).prepare(case, numbers, threads)
+        run = Module(name).prepare(case, tensors, threads)
         run()
         measured["peak"][name] = statistics.median(peak(run) for _ in range(PEAKS))
         measured["faults"][name] = faults(run)

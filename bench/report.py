@@ -1,9 +1,10 @@
-"""Tables and plots of what `make bench` measured.
+"""Tables and plots of the results of `make bench`.
 
     python bench/report.py build/bench/results.json [--out build/bench] [--readme]
 
-Prints a Markdown report and writes it with its plots, as PNG and SVG, to the folder of --out.
---readme puts the summary into README.md, and the report and its plots into docs/benchmarks/
+Prints a Markdown report and writes it, with its plots as PNG and SVG, to the folder of --out.
+--readme writes the summary into README.md, and the report and its plots into docs/benchmarks/.
+The GPU row of the summary comes from docs/benchmarks/h200.json, which bench/graphs.py measured.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from cases import CELLS, EVEN, ODD, PASSES, Shape, geometric_mean
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from graphs import T as GPU_STEPS
 from matplotlib import ticker
+from workloads import CELLS, EVEN, ODD, PASSES, Shape, geometric_mean
 
-mpl.rcParams["svg.hashsalt"] = "fastrnn"  # the same names in every run
+mpl.rcParams["svg.hashsalt"] = "fastrnn"  # the same element names in every run
 
 ROOT = Path(__file__).resolve().parent.parent
 README_SHAPES = tuple(
@@ -39,6 +41,7 @@ README_SHAPES = tuple(
         (1000, 8, 32, 32),
     )
 )
+GPU_HIDDEN, GPU_BATCH = 256, 64  # up to which the README reports a GPU
 COLUMNS = [(cell, which) for cell in CELLS[::-1] for which in PASSES[::-1]]
 NUMBA, COMPILED, LENGTHS = "fastrnn numba", "fastrnn compiled", "fastrnn lengths"
 COLORS = {
@@ -56,20 +59,20 @@ COLORS = {
 
 
 CONDITIONS = {
-    "busy": "busy: as many other processes as cores, none ever idle",
-    "one-core": "one-core: restricted to one core, with torch told two threads",
+    "busy": "busy: one other process per core, never idle",
+    "one-core": "one-core: restricted to one core, with torch set to two threads",
 }
 
 
 @dataclass(frozen=True)
 class Result:
-    """One case as test_speed.py measured it; seconds and ratios by contestant.
+    """One case as test_speed.py measured it; seconds and ratios by competitor.
 
     Attributes:
-        peak: multiply-adds just before, in flops a second.
+        peak: flops per second of multiply-adds, measured just before.
         weight_bytes: W_ih and W_hh of each layer.
-        compiled: by contestant, seconds that it takes longer in a compiled graph.
-        neighbour: of an odd shape, its throughput over that of its even neighbour.
+        compiled: by competitor, the seconds that a compiled graph adds.
+        neighbour: for an odd shape, its throughput over that of its even neighbour.
     """
 
     cell: str
@@ -97,8 +100,8 @@ class Result:
         return f"{self.cell} {self.which} {self.shape} {self.variant}".rstrip()
 
     @property
-    def readings(self) -> int:
-        """How often W_hh must be read: once a step, in training once more going back."""
+    def weight_reads(self) -> int:
+        """The number of times W_hh must be read: once per step and pass."""
         return self.shape.T * (2 if self.which == "training" else 1)
 
     @property
@@ -114,7 +117,7 @@ class Result:
         return self.flops / self.seconds["fastrnn"]
 
     @property
-    def best_peer(self) -> tuple[str, float]:
+    def fastest_competitor(self) -> tuple[str, float]:
         name = min(self.ratios.keys() - {NUMBA, COMPILED, LENGTHS}, key=self.ratios.__getitem__)
         return name, self.ratios[name]
 
@@ -122,7 +125,7 @@ class Result:
 class Report:
     def __init__(self, data: dict[str, Any]) -> None:
         self.machine = data["machine_info"]
-        self.ours = self.machine["fastrnn"]
+        self.settings = self.machine["fastrnn"]
         self.commit = data["commit_info"]
         extra = [b["extra_info"] for b in data["benchmarks"]]
         self.results = [Result(**{**e, "shape": Shape(*e["shape"])}) for e in extra if e]
@@ -134,14 +137,15 @@ class Report:
     def grid(self, cell: str, which: str, shapes: Iterable[Shape]) -> list[Result]:
         return [r for s in shapes if (r := self.find(cell, which, s))]
 
-    # What the machine could do
+    # Limits of the machine
 
     def bandwidth_share(self, r: Result) -> float | None:
-        """The time that reading the weights takes, from where they fit, over the time taken.
+        """The least time for reading the weights, over the measured time.
 
-        W_hh is read once a step, W_ih once a call, and in training both once more going back.
+        They are read from the nearest memory level that holds them: W_hh once per step, W_ih once
+        per call, and in training both again in the backward pass.
         """
-        probe = self.ours["probe"].get(str(r.threads))
+        probe = self.settings["probe"].get(str(r.threads))
         if not probe:
             return None
 
@@ -150,11 +154,11 @@ class Report:
             return size / (rates[0] if rates else probe["read"][-1][1])
 
         back = 2 if r.which == "training" else 1
-        least = sum(back * seconds(i) + r.readings * seconds(h) for i, h in r.weight_bytes)
+        least = sum(back * seconds(i) + r.weight_reads * seconds(h) for i, h in r.weight_bytes)
         return least / r.seconds["fastrnn"]
 
     def ceiling(self, cell: str, which: str) -> float | None:
-        """The mean ratio to torch.nn if every case of eight rows and more ran at the FMA peak."""
+        """The mean ratio to torch.nn if every case with B >= 8 ran at the FMA peak."""
         ratios = [
             r.ratios["torch.nn"] / (r.fma_share if r.shape.B >= 8 else 1)
             for r in self.grid(cell, which, EVEN)
@@ -165,28 +169,32 @@ class Report:
     # Text
 
     def heading(self) -> list[str]:
-        versions = ", ".join(f"{n} {v}" for n, v in self.ours["versions"].items())
+        versions = ", ".join(f"{n} {v}" for n, v in self.settings["versions"].items())
         commit = str(self.commit.get("id"))[:10] + (
             " and changes" if self.commit.get("dirty") else ""
         )
         cpu = self.machine.get("cpu", {}).get("brand_raw", self.machine["processor"])
-        lines = [] if self.ours.get("device", "cpu") == "cpu" else [f"- on {self.ours['device']}"]
+        lines = (
+            []
+            if self.settings.get("device", "cpu") == "cpu"
+            else [f"- on {self.settings['device']}"]
+        )
         lines += [
-            f"- {self.ours.get('dtype', 'float32')}; {self.ours['threads']} threads on "
-            f"{self.ours['cores']} cores of {cpu}, torch's instruction set "
-            f"{self.ours['torch_isa']}; {self.ours['engine']}"
-            + ("; other processes keep all cores busy" if self.ours["busy"] else ""),
+            f"- {self.settings.get('dtype', 'float32')}; {self.settings['threads']} threads on "
+            f"{self.settings['cores']} cores of {cpu}, instruction set of torch: "
+            f"{self.settings['torch_isa']}; {self.settings['engine']}"
+            + ("; all cores kept busy by other processes" if self.settings["busy"] else ""),
             f"- Python {self.machine['python_version']}, {versions}; commit {commit}",
-            f"- {self.ours['seconds']:g} s a case, of at least "
+            f"- {self.settings['seconds']:g} s per case, at least "
             f"{min(r.rounds for r in self.results)} rounds; in the median case the middle half "
             f"of the ratios to torch.nn spans {100 * spread(self.results):.0f} % of their median",
         ]
-        if self.ours["import"]:
+        if self.settings["import"]:
             lines.append(
-                f"- `import fastrnn` adds {self.ours['import']:.0f} ms to `import torch`, the "
+                f"- `import fastrnn` adds {self.settings['import']:.0f} ms to `import torch`, the "
                 "median of ten processes"
             )
-        for threads, probe in self.ours["probe"].items():
+        for threads, probe in self.settings["probe"].items():
             if probe:
                 lines.append(
                     f"- measured limit of {threads} thread{'' if threads == '1' else 's'}: "
@@ -202,7 +210,7 @@ class Report:
     def means(self) -> list[str]:
         lines = [
             "| cell | pass | shapes | against torch.nn | if wide batches ran at the FMA peak "
-            "| against the best peer | slowest case against it |",
+            "| against the fastest competitor | slowest case against it |",
             "|---|---|---:|---:|---:|---:|---|",
         ]
         for cell in CELLS:
@@ -210,27 +218,27 @@ class Report:
                 grid = self.grid(cell, which, EVEN)
                 if not grid:
                     continue
-                worst = min(grid, key=lambda r: r.best_peer[1])
-                name, ratio = worst.best_peer
+                worst = min(grid, key=lambda r: r.fastest_competitor[1])
+                name, ratio = worst.fastest_competitor
                 ceiling = self.ceiling(cell, which)
                 lines.append(
                     f"| {cell} | {which} | {len(grid)} "
                     f"| {geometric_mean([r.ratios['torch.nn'] for r in grid]):.2f} "
                     f"| {f'{ceiling:.2f}' if ceiling else ''} "
-                    f"| {geometric_mean([r.best_peer[1] for r in grid]):.2f} "
+                    f"| {geometric_mean([r.fastest_competitor[1] for r in grid]):.2f} "
                     f"| {emphasised(ratio)} at {worst.shape}, {name} |"
                 )
         return lines
 
     def table(self) -> list[str]:
-        peers = [n for n in COLORS if any(n in r.ratios for r in self.results)]
+        names = [n for n in COLORS if any(n in r.ratios for r in self.results)]
         lines = [
-            f"| cell | pass | (T, B, I, H) | | fastrnn ms | {' | '.join(peers)} "
+            f"| cell | pass | (T, B, I, H) | variant | fastrnn ms | {' | '.join(names)} "
             "| GFLOP/s | of FMA peak | of weight bandwidth | MB | torch.nn MB |",
-            "|---|---|---|---|---:|" + "---:|" * (len(peers) + 5),
+            "|---|---|---|---|---:|" + "---:|" * (len(names) + 5),
         ]
         for r in self.results:
-            ratios = [emphasised(r.ratios[n]) if n in r.ratios else "" for n in peers]
+            ratios = [emphasised(r.ratios[n]) if n in r.ratios else "" for n in names]
             lines.append(
                 f"| {r.cell} | {r.which} | {r.shape} | {r.variant} "
                 f"| {milliseconds(r.seconds['fastrnn'])} | {' | '.join(ratios)} "
@@ -242,7 +250,7 @@ class Report:
     def megabytes(self, r: Result) -> str:
         if not r.memory:
             return " | "
-        ours, theirs = (r.memory["peak"][who] / 1e6 for who in ("fastrnn", "torch.nn"))
+        ours, theirs = (r.memory["peak"][name] / 1e6 for name in ("fastrnn", "torch.nn"))
         mark = "**" if self.more_memory(r) else ""
         return f"{mark}{ours:.1f}{mark} | {theirs:.1f}"
 
@@ -250,18 +258,18 @@ class Report:
         return bool(r.memory and r.memory["peak"]["fastrnn"] > r.memory["peak"]["torch.nn"] + 5e4)
 
     def behind(self) -> list[str]:
-        """Where a change to fastrnn's layers costs time or memory."""
+        """The cases where fastrnn takes more time or memory than torch.nn."""
         ratios = ((r.ratios["torch.nn"], r) for r in self.results)
         slower = sorted(ratios, key=itemgetter(0))
         lines = [f"- {r}: {emphasised(ratio)}" for ratio, r in slower if ratio < 1]
         larger = [r for r in self.results if r.which == "training" and self.more_memory(r)]
         if larger:
-            lines += ["", "Training takes more memory than torch.nn's at:", ""]
+            lines += ["", "Training takes more memory than torch.nn in:", ""]
             lines += [f"- {r}" for r in larger]
         return lines
 
     def numba(self) -> list[str]:
-        """What runs where there is no compiler, if it is asked for by name."""
+        """The Numba backend, selected by name, against torch.nn."""
 
         def ratio(r: Result) -> str:
             measured = NUMBA in r.seconds
@@ -273,10 +281,10 @@ class Report:
         return [*self.pivot((*EVEN, *ODD), ratio), "", *variants]
 
     def floors(self) -> list[str]:
-        """Microseconds at T = B = 1 beside those of calls that compute next to nothing."""
+        """Microseconds at T = B = 1, beside calls that compute little or nothing."""
         names = ("fastrnn", "torch.nn", "onnxruntime", "openvino", "jax", "nothing", "nn.Linear")
         lines = [
-            f"| cell | pass | (T, B, I, H) | | {' | '.join(names)} |",
+            f"| cell | pass | (T, B, I, H) | variant | {' | '.join(names)} |",
             "|---|---|---|---|" + "---:|" * len(names),
         ]
         for r in self.results:
@@ -287,16 +295,19 @@ class Report:
                 )
         return lines if len(lines) > 2 else []
 
-    def compiled(self, *who: str) -> list[str]:
-        """What a training step takes longer in a compiled graph, in microseconds."""
-        columns = " | ".join(f"{name} | compiled | longer" for name in who)
-        lines = [f"| cell | (T, B, I, H) | | {columns} |", "|---|---|---|" + "---:|" * 3 * len(who)]
+    def compiled(self, *names: str) -> list[str]:
+        """The time of an eager and a compiled training step, in microseconds."""
+        columns = " | ".join(f"{name} | compiled | difference" for name in names)
+        lines = [
+            f"| cell | (T, B, I, H) | variant | {columns} |",
+            "|---|---|---|" + "---:|" * 3 * len(names),
+        ]
         for r in self.results:
-            if r.compiled.keys() >= set(who):
+            if r.compiled.keys() >= set(names):
                 columns = " | ".join(
                     f"{1e6 * r.seconds[name]:.0f} | {1e6 * r.seconds[f'{name} compiled']:.0f} "
                     f"| {1e6 * r.compiled[name]:.0f}"
-                    for name in who
+                    for name in names
                 )
                 lines.append(f"| {r.cell} | {r.shape} | {r.variant} | {columns} |")
         return lines if len(lines) > 2 else []
@@ -315,11 +326,11 @@ class Report:
         return lines if len(lines) > 2 else []
 
     def faults(self) -> list[str]:
-        who = ("torch.nn", "fastrnn without its workspace", "fastrnn")
-        lines = [f"| cell | (T, B, I, H) | {' | '.join(who)} |", "|---|---|---:|---:|---:|"]
+        names = ("torch.nn", "fastrnn without its workspace", "fastrnn")
+        lines = [f"| cell | (T, B, I, H) | {' | '.join(names)} |", "|---|---|---:|---:|---:|"]
         for r in self.results:
             if r.memory and r.which == "training" and not r.variant and r.shape in EVEN:
-                counts = " | ".join(f"{r.memory['faults'][name]:.0f}" for name in who)
+                counts = " | ".join(f"{r.memory['faults'][name]:.0f}" for name in names)
                 lines.append(f"| {r.cell} | {r.shape} | {counts} |")
         return lines if len(lines) > 2 else []
 
@@ -334,12 +345,12 @@ class Report:
         ]
 
     def beside(self, others: dict[str, Report]) -> list[str]:
-        """The ratio against torch.nn here and under other conditions, of the cases in both."""
+        """Ratios against torch.nn in this run and under other conditions, for the common cases."""
         for name, other in others.items():
             if other.commit.get("id") != self.commit.get("id"):
                 raise ValueError(
-                    f"{name} is of commit {other.commit.get('id')}, not {self.commit.get('id')}: "
-                    "run it again"
+                    f"{name}: expected a run of commit {self.commit.get('id')}, "
+                    f"got {other.commit.get('id')}; run it again"
                 )
         columns = " | ".join(f"{name} | middle half" for name in others)
         lines = [
@@ -349,12 +360,12 @@ class Report:
             "|---|---|---|---:|" + "---:|---|" * len(others),
         ]
         for r in self.results:
-            found = [o.by_key[r.key] for o in others.values() if r.key in o.by_key]
-            if len(found) == len(others):
+            same = [o.by_key[r.key] for o in others.values() if r.key in o.by_key]
+            if len(same) == len(others):
                 shown = " | ".join(
                     f"{emphasised(o.ratios['torch.nn'])} "
                     f"| {' to '.join(f'{q:.2f}' for q in o.quartiles['torch.nn'])}"
-                    for o in found
+                    for o in same
                 )
                 lines.append(
                     f"| {r.cell} | {r.which} | {r.shape} "
@@ -370,18 +381,18 @@ class Report:
             ("Behind torch.nn", self.behind()),
             ("One step of one sequence, in microseconds", self.floors()),
             (
-                "A training step in a compiled graph, in microseconds",
+                "A compiled training step of a layer, in microseconds",
                 self.compiled("fastrnn", "nn.Linear"),
             ),
             (
-                "The same of a model around the layer",
+                "A compiled training step of a model, in microseconds",
                 self.compiled("model with fastrnn", "model with nn.Linear"),
             ),
             ("Odd shapes", self.odd_shapes()),
             ("The Numba backend against torch.nn", self.numba()),
             ("Against torch.nn under other conditions", self.beside(others) if others else []),
             ("Page faults of a warm training step", self.faults()),
-            ("Peers that have no answer", self.absent()),
+            ("Cases without a measurement", self.absent()),
         ]
         blocks = [
             "\n".join(["## " + title, "", *lines] if title else lines)
@@ -389,39 +400,86 @@ class Report:
             if lines
         ]
         return (
-            "# Benchmarks\n\nWritten by `make readme`. A ratio is the peer's time over fastrnn's, "
-            "the median over the rounds of neighbouring samples; below 1, in bold, the peer is "
-            "faster. MB is the peak above the inputs. All cases share one process, and what a "
-            "library's allocator has kept from earlier cases counts: where a step needs large "
-            "buffers, torch.nn's time differs by up to 1.4 times between runs.\n\n"
+            "# Benchmarks\n\nWritten by `make readme`. (T, B, I, H) are time steps, batch size, "
+            "input size and hidden size. Training is a forward and a full backward pass. A ratio "
+            "is the time of the competitor over that of fastrnn: the median over the rounds of "
+            "neighbouring samples. Below 1, in bold, the competitor is faster. MB is the peak "
+            "memory above the inputs. All cases share one process, and memory that an allocator "
+            "kept from earlier cases affects the results: where a step needs large buffers, the "
+            "time of torch.nn differs by up to 1.4 times between runs.\n\n"
             + "\n\n".join(blocks)
             + "\n"
         )
 
     def pivot(self, shapes: Iterable[Shape], value: Callable[[Result], str]) -> list[str]:
-        """A row for each shape that was measured, a column for each cell and pass."""
+        """A row for each measured shape, a column for each cell and pass."""
         lines = [
             "| (T, B, I, H) | " + " | ".join(f"{c} {w}" for c, w in COLUMNS) + " |",
             "|---|" + "---:|" * len(COLUMNS),
         ]
         for shape in shapes:
-            found = [self.find(c, w, shape) for c, w in COLUMNS]
-            if any(found):
-                lines.append(f"| {shape} | {' | '.join(value(r) if r else '' for r in found)} |")
+            results = [self.find(c, w, shape) for c, w in COLUMNS]
+            if any(results):
+                shown = " | ".join(value(r) if r else "" for r in results)
+                lines.append(f"| {shape} | {shown} |")
         return lines
 
-    def summary(self) -> str:
+    def means_against_torch(self) -> dict[tuple[str, str], str]:
+        means = {}
+        for cell, which in COLUMNS:
+            ratios = [r.ratios["torch.nn"] for r in self.grid(cell, which, EVEN)]
+            if len(ratios) != len(EVEN):
+                raise ValueError(
+                    f"expected {len(EVEN)} shapes of {cell} {which} for the README, "
+                    f"got {len(ratios)}"
+                )
+            means[cell, which] = times(geometric_mean(ratios))
+        return means
+
+    def summary(self, gpu: dict[str, Any]) -> str:
+        """The first table of the README, with the best and the worst case."""
+        cells, means = CELLS[::-1], self.means_against_torch()
+        training, inference = (" | ".join(means[c, w] for c in cells) for w in PASSES[::-1])
+        ranges, lowest = gpu_ranges(gpu)
+        results = [r for c, w in COLUMNS for r in self.grid(c, w, EVEN)]
+        results.sort(key=lambda r: r.ratios["torch.nn"])
+        slower = sum(r.ratios["torch.nn"] < 1 for r in results)
+        worst, best = (
+            f"{times(r.ratios['torch.nn'])} ({r.cell} {r.which}, {r.shape.T} steps, "
+            f"batch {r.shape.B}, {r.shape.H} hidden units)"
+            for r in (results[0], results[-1])
+        )
+        cpu = self.machine.get("cpu", {}).get("brand_raw", self.machine["processor"])
+        return "\n".join(
+            [
+                f"| times as fast | {' | '.join(cells)} |",
+                "|---|" + "---:|" * len(cells),
+                f"| CPU, float32, training (forward + backward), against torch.nn | {training} |",
+                f"| CPU, float32, inference, against torch.nn | {inference} |",
+                f"| {gpu['device']}, bfloat16, at most {GPU_HIDDEN} hidden units and batch "
+                f"{GPU_BATCH}, against cuDNN | {' | '.join(ranges[c] for c in cells)} |",
+                "",
+                f"- CPU: {self.settings['threads']} threads of {cpu}, "
+                f"{self.settings['torch_isa']}, geometric mean over {len(EVEN)} shapes. "
+                f"Best: {best}. Worst: {worst}. "
+                f"Of {len(results)} cases {slower} are slower than torch.nn.",
+                "- GPU: the only model measured. Lowest and highest ratio of training and "
+                f"inference, in GPU time of {GPU_STEPS} steps in a CUDA graph. Wide layers in "
+                f"large batches are slower than cuDNN, down to {times(lowest)}; there the "
+                "automatic choice is cuDNN.",
+            ]
+        )
+
+    def shapes(self) -> str:
+        """The second table of the README: some shapes, and the means."""
         lines = self.pivot(README_SHAPES, lambda r: times(r.ratios["torch.nn"]))
-        grids = [self.grid(c, w, EVEN) for c, w in COLUMNS]
-        if any(len(grid) != len(EVEN) for grid in grids):
-            raise ValueError("the README shows runs of all cases only")
-        means = [times(geometric_mean([r.ratios["torch.nn"] for r in g])) for g in grids]
-        return "\n".join([*lines, f"| mean of {len(EVEN)} | {' | '.join(means)} |"])
+        means = self.means_against_torch()
+        return "\n".join([*lines, f"| mean of {len(EVEN)} | {' | '.join(means.values())} |"])
 
     # Plots
 
     def plot_ratios(self) -> plt.Figure:
-        """Every shape of the grid, one panel for each cell and pass."""
+        """Every shape of the grid, one panel per cell and pass."""
         shapes = [*EVEN, *ODD]
         figure, axes = plt.subplots(2, 3, figsize=(13, 9), sharey=True, sharex=True)
         for column, cell in enumerate(CELLS):
@@ -450,15 +508,15 @@ class Report:
         return figure
 
     def plot_roofline(self) -> plt.Figure:
-        """Rates against the flops that each byte of W_hh serves when it is read once a step."""
+        """Rates against flops per byte of W_hh, if it is read once per step."""
         figure, ax = plt.subplots(figsize=(8, 5.5))
-        threads = self.ours["threads"]
+        threads = self.settings["threads"]
         results = [r for r in self.results if not r.variant]
         for cell, marker in zip(CELLS, "o^s", strict=True):
             for which, fill in zip(PASSES, ("none", "full"), strict=True):
                 points = [
                     (
-                        r.flops / (r.recurrent_bytes * r.readings),
+                        r.flops / (r.recurrent_bytes * r.weight_reads),
                         r.rate / 1e9,
                     )
                     for r in results
@@ -468,7 +526,7 @@ class Report:
                     ax.plot(
                         *zip(*points, strict=True), marker, fillstyle=fill, label=f"{cell} {which}"
                     )
-        probe = self.ours["probe"].get(str(threads))
+        probe = self.settings["probe"].get(str(threads))
         if probe:
             x = [10 ** (k / 20 - 1) for k in range(70)]
             for size, rate in probe["read"]:
@@ -496,7 +554,7 @@ class Report:
         return figure
 
     def plot_threads(self) -> plt.Figure | None:
-        """Speed of all threads over that of one."""
+        """Speed of all threads over that of one thread."""
         labels, ours, theirs = [], [], []
         for one in self.results:
             many = self.find(one.cell, one.which, one.shape)
@@ -514,13 +572,13 @@ class Report:
         ax.set_yticks([k + 0.2 for k in range(len(labels))], labels, fontsize=8)
         ax.invert_yaxis()
         ax.axvline(1, color="0.3", lw=1)
-        ax.set_xlabel(f"time of 1 thread over time of {self.ours['threads']}")
+        ax.set_xlabel(f"time of 1 thread over time of {self.settings['threads']}")
         figure.legend(loc="upper right", ncol=2, frameon=False)
         figure.tight_layout(rect=(0, 0, 1, 0.95))
         return figure
 
     def plot_overhead(self) -> plt.Figure | None:
-        """Microseconds of one call at T = B = 1, where arithmetic is nothing."""
+        """Microseconds per call at T = B = 1, where the arithmetic is negligible."""
         results = [r for which in PASSES for c in CELLS for r in self.grid(c, which, EVEN[:1])]
         if not results:
             return None
@@ -549,6 +607,23 @@ class Report:
         return {name: figure for name, figure in figures.items() if figure}
 
 
+def gpu_ranges(measured: dict[str, Any]) -> tuple[dict[str, str], float]:
+    """Lowest and highest ratio to torch by cell within the README's limits, and the lowest of all.
+
+    In bfloat16, training and inference.
+    """
+    ratios: dict[str, list[float]] = {cell: [] for cell in CELLS}
+    lowest = float("inf")
+    for row in measured["rows"]:
+        if row["dtype"] != "bfloat16":
+            continue
+        found = [row["torch"][which] / row["fastrnn"][which] for which in PASSES]
+        lowest = min(lowest, *found)
+        if row["H"] <= GPU_HIDDEN and row["B"] <= GPU_BATCH:
+            ratios[row["cell"]] += found
+    return {cell: f"{min(rs):.1f}x to {max(rs):.1f}x" for cell, rs in ratios.items()}, lowest
+
+
 def spread(results: list[Result]) -> float:
     return statistics.median(
         (q[1] - q[0]) / r.ratios["torch.nn"] for r in results if (q := r.quartiles["torch.nn"])
@@ -575,7 +650,7 @@ def replace_between(text: str, mark: str, new: str) -> str:
     pattern = rf"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)"
     replaced, count = re.subn(pattern, lambda m: m[1] + new + m[2], text, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"expected one pair of {mark} marks, found {count}")
+        raise ValueError(f"expected one pair of {mark} marks, got {count}")
     return replaced
 
 
@@ -603,8 +678,10 @@ def main() -> None:
     pictures = "\n".join(f"![{name}]({name}.png)" for name in figures)
     (out / "README.md").write_text(f"{text}\n## Plots\n\n{pictures}\n")
     if args.readme:
+        gpu = json.loads((ROOT / "docs" / "benchmarks" / "h200.json").read_text())
         readme = ROOT / "README.md"
-        readme.write_text(replace_between(readme.read_text(), "benchmarks", report.summary()))
+        text = replace_between(readme.read_text(), "speed", report.summary(gpu))
+        readme.write_text(replace_between(text, "shapes", report.shapes()))
 
 
 if __name__ == "__main__":

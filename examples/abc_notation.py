@@ -1,4 +1,4 @@
-"""Tunes in ABC notation, as far as most of one voice need it."""
+"""Reads and writes the part of ABC notation that most tunes of one voice use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 BAR, REST = "|", "z"
 LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 FIFTHS = "FCGDAEB"
-# How many sharps more than major on the same tonic.
+# The number of sharps relative to major on the same tonic.
 MODES = {"": 0, "maj": 0, "ion": 0, "mix": -1, "dor": -2, "m": -3, "min": -3, "aeo": -3, "phr": -4}
 
 
 class Key(NamedTuple):
-    """A tonic and a mode, such as D and dor, and with them how many sharps, or flats below zero."""
+    """A tonic and a mode, such as D and dor, and their number of sharps (negative: flats)."""
 
     tonic: str
     mode: str
@@ -35,7 +35,7 @@ class Key(NamedTuple):
 
 
 class Tune(NamedTuple):
-    """notes: BAR, or a pitch as MIDI counts it (or REST), a colon and a part of a whole note."""
+    """A note is BAR, or a MIDI pitch (or REST), a colon and its fraction of a whole note."""
 
     key: Key
     metre: str
@@ -43,7 +43,7 @@ class Tune(NamedTuple):
 
 
 def read_key(text: str) -> Key:
-    """As ABC writes it after K: or raises ValueError."""
+    """The key in the notation of the ABC field K. Raises ValueError if it cannot be read."""
     found = re.match(r"\s*([A-G])([#b]?)\s*([a-zA-Z]*)", text)
     mode = found[3].lower()[:3] if found else ""
     if not found or mode not in MODES:
@@ -55,7 +55,7 @@ def read_key(text: str) -> Key:
     return Key(found[1] + found[2], mode, sharps)
 
 
-# What is not of the melody: words in quotes, grace notes, ornaments, slurs and the like.
+# Removed because it is not melody: quoted words, grace notes, ornaments, slurs and the like.
 DECORATION = re.compile(r'"[^"]*"|\{[^}]*\}|![^!]*!|%.*|\\$|[~.HLMOPSTuv`)\-]|\((?!\d)|\s', re.M)
 PART = re.compile(
     r"(?P<tuplet>\(\d)|(?P<bar>[:|\]]*\|[:|\]]*\[?[12]?|::|\[[12])|(?P<broken>[<>]+)"
@@ -63,22 +63,22 @@ PART = re.compile(
 )
 
 
-def read_note(part: re.Match[str], signs: dict[str, int], alone: dict[str, int]) -> str:
-    """The pitch of a note, after which an accidental holds in ``signs`` to the bar's end."""
+def read_note(part: re.Match[str], signs: dict[str, int], altered: dict[str, int]) -> str:
+    """The pitch of a note. An accidental is stored in ``altered`` until the end of the bar."""
     letter = part["letter"]
     if letter == "z":
         return REST
     if part["accidental"]:
         sharper = {"^": 1, "_": -1, "=": 0}
-        alone[letter.upper()] = LETTERS[letter.upper()] + sum(
+        altered[letter.upper()] = LETTERS[letter.upper()] + sum(
             sharper[a] for a in part["accidental"]
         )
     octave = letter.islower() + part["octave"].count("'") - part["octave"].count(",")
-    return str(60 + alone.get(letter.upper(), signs[letter.upper()]) + 12 * octave)
+    return str(60 + altered.get(letter.upper(), signs[letter.upper()]) + 12 * octave)
 
 
 def read_tune(text: str) -> Tune:
-    """One tune in ABC. Raises ValueError where it has what is not read: chords, changing keys."""
+    """One tune in ABC. Raises ValueError for chords, key changes and other unsupported notation."""
     fields = dict(re.findall(r"^([MLK]):([^%\n]*)", text, re.M))
     if (
         "K" not in fields
@@ -91,7 +91,7 @@ def read_tune(text: str) -> Tune:
     key = read_key(fields["K"])
     body = re.sub(r"^[A-Za-z]:.*$|^%.*$", "", text, flags=re.M)
     body = DECORATION.sub("", body)
-    signs, alone = key.letters(), dict[str, int]()
+    signs, altered = key.letters(), dict[str, int]()
     notes: list[tuple[str, Fraction]] = []
     at, triplet, longer = 0, 0, Fraction(1)
     while at < len(body):
@@ -104,7 +104,7 @@ def read_tune(text: str) -> Tune:
                 raise ValueError(f"cannot read {part['tuplet']!r}")
             triplet = 3
         elif part["bar"]:
-            alone.clear()
+            altered.clear()
             if notes and notes[-1][0] != BAR:
                 notes.append((BAR, Fraction(0)))
         elif part["broken"]:
@@ -120,7 +120,7 @@ def read_tune(text: str) -> Tune:
                 raise ValueError(f"expected a part of a note, got {part[0]!r}")
             length = unit * int(part["times"] or 1) / below * longer
             notes.append(
-                (read_note(part, signs, alone), length * Fraction(2, 3) if triplet else length)
+                (read_note(part, signs, altered), length * Fraction(2, 3) if triplet else length)
             )
             triplet, longer = max(0, triplet - 1), Fraction(1)
     while notes and notes[-1][0] == BAR:
@@ -129,7 +129,7 @@ def read_tune(text: str) -> Tune:
 
 
 def spell(pitch: int, signs: dict[str, int]) -> tuple[str, str, int]:
-    """An accidental, a letter, and how many half-tones above C that is, octaves aside."""
+    """An accidental, a letter, and its number of semitones above C, ignoring octaves."""
     for letter, value in signs.items():
         if (pitch - value) % 12 == 0:
             return "", letter, value
@@ -140,21 +140,21 @@ def spell(pitch: int, signs: dict[str, int]) -> tuple[str, str, int]:
 
 def abc(tune: Tune, title: str) -> str:
     """The tune in ABC notation."""
-    signs, bars, alone = tune.key.letters(), [""], set[str]()
+    signs, bars, altered = tune.key.letters(), [""], set[str]()
     for note in tune.notes:
         if note == BAR:
             bars.append("")
-            alone.clear()
+            altered.clear()
             continue
         pitch, _, length = note.partition(":")
         name = pitch
         if pitch != REST:
             accidental, letter, value = spell(int(pitch), signs)
-            if accidental or letter in alone:
-                # At every note that an accidental changed, or the one before it: readers differ in
-                # how far one holds, whether to the bar's end and in all octaves.
+            if accidental or letter in altered:
+                # Written at every note whose letter had an accidental in this bar: readers differ
+                # in how far one applies (to the end of the bar, in all octaves).
                 accidental = accidental or "_=^"[value - LETTERS[letter] + 1]
-                alone.add(letter)
+                altered.add(letter)
             octave = (int(pitch) - 60 - value) // 12
             high = letter.lower() + "'" * (octave - 1)
             name = accidental + (high if octave > 0 else letter + "," * -octave)

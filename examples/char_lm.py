@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Train a character-level language model twice, with torch.nn's layer and with fastrnn's.
+"""Train a character-level language model twice, with torch.nn and with fastrnn.
 
     embedding -> LSTM (or GRU, or RNN) -> linear -> softmax over the next character
 
 Both trainings start from the same seed and see the same batches. So their loss curves must
-coincide, and only the time differs: the program checks the first, measures the second, and lets
-the trained model write. The time is that of a whole training step, with the embedding, the linear
-layer, clipping and Adam. It reads any UTF-8 text file; without one it reads Paradise Lost.
-Under torchrun the processes share each batch:
+coincide and only the time may differ. The program checks the curves, measures the time, and then
+generates text. The time is that of a whole training step, with the embedding, the linear layer,
+clipping and Adam. The program reads any UTF-8 text file, by default Paradise Lost. Under torchrun
+the processes share each batch:
 
     torchrun --nproc-per-node 2 examples/char_lm.py
 """
@@ -57,21 +57,22 @@ import fastrnn
 BOOK = DATA / "paradise_lost.txt"
 OPTIONS = [
     CELL,
-    Option("hidden", 256, "its hidden_size"),
-    Option("layers", 1, "its num_layers"),
-    Option("embedding", 64, "its input_size, the size of a character's embedding"),
-    dropout(0.0, "its input and output"),
-    Option("batch_size", 32, "contiguous streams of the text that are read side by side"),
+    Option("hidden", 256, "hidden_size of the layer"),
+    Option("layers", 1, "num_layers of the layer"),
+    Option("embedding", 64, "input_size of the layer, the size of a character embedding"),
+    dropout(0.0, "the input and output of the layer"),
+    Option("batch_size", 32, "contiguous streams of the text, read in parallel"),
     Option("seq_len", 128, "characters per training step and stream"),
     *learning(500),
 ]
 
-# When do two curves coincide? Two right float32 trainings round differently. At first that stays
-# tiny (torch's oneDNN LSTM against torch's native one: 5e-7 in the loss, 8e-6 in the gradient norm
-# over 50 steps), so the early bounds are tight. Adam hides a gradient that is wrong by a constant
-# factor, hence the norm: 0.1 % too much in the gradient of W_hh alone moves it by 3e-4. After some
-# hundred steps, or at ten times the default --lr after ten, chaos takes over: single losses then
-# differ by up to 4e-2 and the mean over the last tenth by up to 4e-3: hence the last bound.
+# Bounds within which two curves coincide. Two correct float32 trainings round differently. The
+# differences are tiny at first (torch's oneDNN LSTM against its native one: 5e-7 in the loss, 8e-6
+# in the gradient norm over 50 steps), so the early bounds are tight. Adam hides a gradient that is
+# wrong by a constant factor, so the norm is compared too: an error of 0.1 % in the gradient of W_hh
+# alone changes it by 3e-4. After a few hundred steps, or after ten at ten times the default --lr,
+# the trainings diverge chaotically: single losses differ by up to 4e-2, and the mean over the last
+# tenth by up to 4e-3. The last bound allows for that.
 EARLY_STEPS, EARLY_LOSS, EARLY_NORM, END_LOSS = 50, 2e-5, 1e-4, 0.03
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
@@ -86,13 +87,13 @@ class CharLM(nn.Module):
         self.linear = nn.Linear(config["hidden"], vocab_size)
 
     def forward(self, ids: Tensor, hidden: Hidden = None) -> tuple[Tensor, Hidden]:
-        """ids: [T, B] characters. Returns the logits of the next ones, [T, B, vocab_size]."""
+        """ids: [T, B] characters. Returns the logits of the next characters, [T, B, vocab_size]."""
         output, hidden = self.rnn(self.dropout(self.embedding(ids)), hidden)
         return self.linear(self.dropout(output)), hidden
 
 
 class Run:
-    """One training: everything that a later training step depends on, and what came out so far."""
+    """One training: its state, and its results so far."""
 
     def __init__(
         self, backend: str, vocab_size: int, config: dict[str, Any], processes: Processes
@@ -121,7 +122,7 @@ class Run:
         parts = self.hidden if isinstance(self.hidden, tuple) else (self.hidden,)
         return {
             **self.processes.state(self.model, self.optimizer),
-            # For dropout, of each process.
+            # The random state for dropout, one per process.
             "rng": [whole(get()[None], 0) for get, _ in self.processes.generators()],
             "step": self.step,
             "hidden": [whole(part, 1) for part in parts if part is not None],
@@ -129,18 +130,18 @@ class Run:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        state = copy.deepcopy(state)  # the optimizer would go on to write into it
+        state = copy.deepcopy(state)  # the optimizer would write into the checkpoint
         self.processes.load(self.model, self.optimizer, state)
         for saved, (_, put) in zip(state["rng"], self.processes.generators(), strict=False):
             if self.processes.rank < len(saved):
-                put(saved[self.processes.rank].clone())  # torch takes no part of a tensor
+                put(saved[self.processes.rank].clone())  # torch rejects a view
         device = self.processes.device
         hidden = tuple(self.processes.share(part, 1).to(device) for part in state["hidden"])
         self.hidden = hidden if len(hidden) > 1 else hidden[0] if hidden else None
         self.losses, self.norms, self.seconds = state["losses"], state["norms"], state["seconds"]
 
     def through_time(self, data: Tensor) -> Iterator[tuple[Tensor, Hidden]]:
-        """The losses of one window of this process's streams after the other, without an end."""
+        """Yields the loss of each window of the streams of this process, forever."""
         T = self.config["seq_len"]
         mine = self.processes.share(data, 1).to(self.processes.device)
         last = (len(data) - 1) // T * T
@@ -151,15 +152,15 @@ class Run:
             return F.cross_entropy(logits.flatten(0, 1), y.flatten()), hidden
 
         while True:
-            # The state goes on into the next window, its gradient does not; at the first
-            # characters of the streams there is none.
+            # The state, but not its gradient, passes to the next window. The streams start without
+            # a state.
             windows = (mine[begin:last], mine[begin + 1 : last + 1])
             yield from fastrnn.tbptt(loss, windows, T, self.hidden if begin else None)
             begin = 0
 
     def train_step(self, data: Tensor) -> None:
         """Truncated back-propagation through time over the next window of data [N, B]."""
-        began = time.perf_counter()
+        started = time.perf_counter()
         self.windows = self.windows or self.through_time(data)
         self.optimizer.zero_grad()
         loss, self.hidden = next(self.windows)
@@ -167,11 +168,11 @@ class Run:
         self.norms.append(clip(self.model, self.config))
         self.optimizer.step()
         self.losses.append(self.processes.mean(loss))
-        self.seconds.append(time.perf_counter() - began)
+        self.seconds.append(time.perf_counter() - started)
 
     @torch.no_grad()
     def evaluate(self, ids: Tensor) -> float:
-        """Mean cross-entropy per character, in nats, reading ids with the state carried on."""
+        """Mean cross-entropy per character in nats, with the state carried through ids."""
         seq_len = self.config["seq_len"]
         data = streams(ids, max(1, min(self.config["batch_size"], len(ids) // (seq_len + 1))))
         data = data.to(self.processes.device)
@@ -186,7 +187,7 @@ class Run:
 
     @torch.no_grad()
     def write(self, prompt: Tensor, length: int, temperature: float) -> list[int]:
-        """Draws length characters, one at a time, after reading the prompt [T]."""
+        """Sample length characters, one at a time, after reading the prompt [T]."""
         generator = torch.Generator().manual_seed(self.config["seed"])
         self.model.eval()
         ids, hidden, written = prompt[:, None], None, []
@@ -200,7 +201,7 @@ class Run:
 
 
 def streams(ids: Tensor, batch_size: int) -> Tensor:
-    """Cuts ids into batch_size contiguous streams, read side by side: [len // batch_size, B]."""
+    """Cut ids into batch_size contiguous streams: [len // batch_size, B]."""
     length = len(ids) // batch_size
     return ids[: length * batch_size].view(batch_size, length).t().contiguous()
 
@@ -215,7 +216,7 @@ def long_enough(path: Path, config: dict[str, Any]) -> str:
 
 
 def train(run: Run, data: Tensor, steps: int, save: Callable[[], None]) -> bool:
-    """Trains up to steps in all; false if Ctrl-C ended it, after a whole step and a save."""
+    """Train up to a total of steps. False if Ctrl-C stopped it; the last step is then saved."""
 
     def numbers() -> str:
         return f"loss {run.losses[-1]:.3f}  {1e3 * median(run.seconds[-50:]):6.2f} ms/step"
@@ -234,7 +235,7 @@ def train(run: Run, data: Tensor, steps: int, save: Callable[[], None]) -> bool:
 def interleaved(
     vocab_size: int, config: dict[str, Any], data: Tensor, processes: Processes
 ) -> list[float]:
-    """Median seconds per step of both, taking turns, so that both meet the same other load."""
+    """Median seconds per step of both, in alternation, so that both see the same other load."""
     runs = [Run(backend, vocab_size, config, processes) for backend in ("torch", "fastrnn")]
     for _ in range(35):
         for run in runs:
@@ -243,7 +244,7 @@ def interleaved(
 
 
 def compare_curves(runs: list[Run]) -> bool:
-    """Prints how far the curves are apart; true if they coincide (see the bounds at the top)."""
+    """Print the differences of the curves; true if they coincide (see the bounds at the top)."""
     losses = list(zip(*(run.losses for run in runs), strict=False))
     norms = list(zip(*(run.norms for run in runs), strict=False))[:EARLY_STEPS]
     last = losses[-max(1, len(losses) // 10) :]
@@ -257,7 +258,7 @@ def compare_curves(runs: list[Run]) -> bool:
         (norm, EARLY_NORM, "the same for the gradient norm, relative"),
         (end, END_LOSS, f"difference of the means over the last {len(last)} steps"),
     ):
-        within = value <= bound  # false for a NaN, which would stay to the end
+        within = value <= bound  # false for NaN
         coincide &= within
         print(f"  {'yes' if within else 'NO '}  {value:.1e} (bound {bound:.0e})  {what}")
     worst = max(abs(a - b) for a, b in losses)
@@ -273,12 +274,12 @@ def print_table(runs: list[Run], nats: list[float], constant: float) -> None:
     for run in runs:
         table.add_column(run.name, justify="right")
     for what, form, values in (
-        ("a whole step, median, ms", ".2f", [1e3 * median(run.seconds) for run in runs]),
+        ("training step, median, ms", ".2f", [1e3 * median(run.seconds) for run in runs]),
         ("first loss, nats", ".5f", [run.losses[0] for run in runs]),
         ("mean of the last 50 losses, nats", ".5f", [fmean(run.losses[-50:]) for run in runs]),
         ("validation, bits per character", ".4f", [value / math.log(2) for value in nats]),
         ("validation, perplexity", ".4f", [math.exp(value) for value in nats]),
-        ("the same by the characters' frequency", ".4f", [math.exp(constant) for _ in nats]),
+        ("perplexity by character frequency", ".4f", [math.exp(constant) for _ in nats]),
     ):
         table.add_row(what, *(format(value, form) for value in values))
     Console(highlight=False).print(table)
@@ -301,22 +302,22 @@ def plot(path: Path, runs: list[Run], step_seconds: list[float], title: str) -> 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
-        epilog="A checkpoint holds one training per backend. --resume with --backend both goes on"
-        " with each that it holds and begins the other; with one backend that it does not hold, it"
-        " goes on from the other's, since the two have the same state_dict. The options of model"
-        " and training are the checkpoint's then; only --steps may be changed, and where that many"
-        " steps are done already the model is only evaluated and writes.",
+        epilog="A checkpoint has one training per backend. --resume with --backend both resumes"
+        " those that it has and starts the other. --resume with one backend that it does not have"
+        " starts from the training of the other, since both have the same state_dict. The options"
+        " of model and training come from the checkpoint. Only --steps can be changed; if that many"
+        " steps are done already, the model is only evaluated and generates text.",
     )
     add = parser.add_argument
     add("text", nargs="?", type=Path, default=BOOK, help=f"UTF-8 text file (default {BOOK.name})")
     add_options(parser, OPTIONS)
     both = "train with torch.nn, with fastrnn, or with one after the other (default both)"
     add("--backend", choices=["torch", "fastrnn", "both"], default="both", help=both)
-    add("--write", type=int, default=500, metavar="N", help="characters to write (default 500)")
-    add("--prompt", metavar="TEXT", help="what the writing goes on from (default a new line)")
-    add("--temperature", type=float, default=0.7, help="of the writing (default 0.7)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="where it runs (default cpu)")
-    add("--fsdp", action="store_true", help="under torchrun, cut the parameters among processes")
+    add("--write", type=int, default=500, metavar="N", help="characters to generate (default 500)")
+    add("--prompt", metavar="TEXT", help="start of the generated text (default a new line)")
+    add("--temperature", type=float, default=0.7, help="sampling temperature (default 0.7)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default cpu)")
+    add("--fsdp", action="store_true", help="under torchrun, shard the parameters over processes")
     args = parser.parse_args(argv)
     check_options(parser, args, OPTIONS, ("write",))
     return args
@@ -380,11 +381,11 @@ def run_on(args: argparse.Namespace, processes: Processes) -> None:
         step_seconds = interleaved(len(vocab), config, data, processes)
         ratio = step_seconds[0] / step_seconds[1]
         times = " and ".join(f"{1e3 * seconds:.2f} ms" for seconds in step_seconds)
-        print(f"\nA whole training step, the two taking turns (medians of 30): {times}.")
+        print(f"\nA whole training step, in alternation (medians of 30): {times}.")
         print(f"{runs[1].name} is {ratio:.2f} times as fast as {runs[0].name}.")
         sizes = config["seq_len"], config["batch_size"] // processes.size, config["embedding"]
         x = torch.zeros(*sizes, device=processes.device)
-        print(f"It ran on the backend {fastrnn.explain(runs[1].rnn, x)}.")
+        print(f"Backend: {fastrnn.explain(runs[1].rnn, x)}")
         title += f": a training step is {ratio:.2f} times as fast with fastrnn"
     if args.plot and processes.rank == 0:
         plot(args.plot, runs, step_seconds, title)
@@ -393,7 +394,7 @@ def run_on(args: argparse.Namespace, processes: Processes) -> None:
         written = runs[-1].write(ids, args.write, args.temperature)
         print(f"\n{runs[-1].name} writes:\n{prompt}{''.join(vocab[i] for i in written)}")
     if not coincide:
-        hint = "fastrnn is wrong here, or --lr so high that rounding decides: try a lower one"
+        hint = "fastrnn is wrong, or --lr is so high that rounding decides: try a lower one"
         fail(f"the loss curves do not coincide, see NO above; {hint}")
 
 

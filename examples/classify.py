@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Many to one: is a film review for or against the film, and is there a splice junction in DNA?
+"""Many to one: classify film reviews as for or against, or find splice junctions in DNA.
 
-    embedding -> LSTM (or GRU, or RNN), both ways -> its two final states -> linear -> the class
+    embedding -> bidirectional LSTM (or GRU, or RNN) -> its two final states -> linear -> the class
 
-Sequences of different lengths lie in one batch, beside their ``lengths``: the final states are then
-those after each sequence's own last symbol. The network is held against the most frequent class,
-and against naive Bayes, which counts the symbols and does not know their order.
+A batch contains sequences of different lengths, and the layer gets their ``lengths``. So the final
+states are those after the last symbol of each sequence. The baselines are the most frequent class,
+and naive Bayes, which counts the symbols and ignores their order.
 
-The reviews lie in data/. The DNA is that of R's package mlbench, which may not be shipped here: in
-the middle of sixty bases an intron ends (ie), one begins (ei), or neither.
+The reviews are in data/. The DNA is from the R package mlbench and may not be shipped here: in the
+middle of sixty bases an intron ends (ie), one begins (ei), or neither.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from training import (
 import fastrnn
 
 OPTIONS = [
-    Option("task", "sentiment", "what to tell apart", ("sentiment", "dna")),
+    Option("task", "sentiment", "what to classify", ("sentiment", "dna")),
     CELL,
-    Option("hidden", 64, "its hidden_size, in each direction"),
-    Option("embedding", 64, "the size of a symbol's embedding"),
-    dropout(0.5, "what the layer reads and on its states"),
-    Option("batch_size", 32, "sequences of a training step"),
+    Option("hidden", 64, "hidden_size of the layer, in each direction"),
+    Option("embedding", 64, "size of a symbol embedding"),
+    dropout(0.5, "the input and the final states of the layer"),
+    Option("batch_size", 32, "sequences per training step"),
     *learning(1200),
 ]
 JUNCTIONS = [
     top / "R/site-library/mlbench/data/DNA.rda"
     for top in (DATA.parent.parent / "build/usr/lib", Path("/usr/lib"), Path("/usr/local/lib"))
 ]
-"""Where `make junctions` puts it, and where Debian and R do."""
+"""Where `make junctions`, Debian and R put the file."""
 
 Example = tuple[list[str], int]
 
 
 class Task(NamedTuple):
-    """The names of the classes, and sequences, each with the number of its class."""
+    """The names of the classes, and sequences with the index of their class."""
 
     classes: list[str]
     train: list[Example]
@@ -69,7 +69,7 @@ class Task(NamedTuple):
 
 
 def sentiment(path: Path | None) -> Task:
-    """Lines of a score, below or above zero, a tab and a sentence."""
+    """Reads lines of a score, a tab and a sentence. The class is the sign of the score."""
     path = path or DATA / "reviews.tsv.gz"
     examples: list[Example] = []
     for number, line in enumerate(read_lines(path), 1):
@@ -89,26 +89,26 @@ def sentiment(path: Path | None) -> Task:
 
 
 def dna(path: Path | None) -> Task:
-    """A data frame of R, of three columns to a base and the class."""
-    places = [path] if path else JUNCTIONS
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
-        fail(f"no {places[0]}; `make junctions` fetches it on Debian, R's package mlbench has it")
+    """Reads an R data frame of three columns per base, then the class."""
+    candidates = [path] if path else JUNCTIONS
+    file = next((candidate for candidate in candidates if candidate.exists()), None)
+    if file is None:
+        fail(f"no {candidates[0]}; `make junctions` fetches it on Debian, R's mlbench has it")
     try:
         import pyreadr
     except ImportError as error:
-        fail(f"what reads R's files is missing ({error}): pip install 'fastrnn[examples]'")
-    of_bits = {"100": "A", "010": "C", "001": "G", "000": "T"}
+        fail(f"pyreadr, which reads R files, is missing ({error}): pip install 'fastrnn[examples]'")
+    base_of_bits = {"100": "A", "010": "C", "001": "G", "000": "T"}
     examples = []
     try:
-        frame = pyreadr.read_r(str(found))["DNA"]
+        frame = pyreadr.read_r(str(file))["DNA"]
         classes = sorted(map(str, set(frame["Class"])))
         for *bits, kind in frame.itertuples(index=False):
             text = "".join(map(str, bits))
-            bases = [of_bits[text[k : k + 3]] for k in range(0, len(text), 3)]
+            bases = [base_of_bits[text[k : k + 3]] for k in range(0, len(text), 3)]
             examples.append((bases, classes.index(str(kind))))
     except (KeyError, pyreadr.PyreadrError, pyreadr.LibrdataError) as error:
-        fail(f"{found}: expected mlbench's data frame DNA, three bits to a base: {error}")
+        fail(f"{file}: expected mlbench's data frame DNA, three bits per base: {error}")
     return Task(classes, *split(examples))
 
 
@@ -122,13 +122,13 @@ class Classifier(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(symbols, config["embedding"], padding_idx=PAD)
         self.rnn = rnn(config["embedding"], config["hidden"], bidirectional=True)
-        if isinstance(self.rnn, fastrnn.LSTM):  # it would soon forget what decides early
+        if isinstance(self.rnn, fastrnn.LSTM):  # otherwise it forgets early symbols
             fastrnn.init.forget_bias_(self.rnn, 2.0)
         self.dropout = nn.Dropout(config["dropout"])
         self.linear = nn.Linear(2 * config["hidden"], classes)
 
     def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
-        """ids: [T, B]. Returns of each sequence the logits of the classes, [B, classes]."""
+        """ids: [T, B]. Returns the logits of the classes for each sequence, [B, classes]."""
         _, state = self.rnn(self.dropout(self.embedding(ids)), lengths=lengths)
         h_n = state[0] if isinstance(state, tuple) else state  # [2, B, hidden]
         logits: Tensor = self.linear(self.dropout(torch.cat([h_n[0], h_n[1]], 1)))
@@ -136,18 +136,18 @@ class Classifier(nn.Module):
 
 
 def naive_bayes(train: list[Example], classes: int) -> Callable[[list[str]], list[float]]:
-    """Of each class the log-probability, up to a constant, if it drew symbols one by one."""
+    """The log-probability of each class, up to a constant, if symbols were independent."""
     counts = [Counter(s for symbols, k in train if k == y for s in symbols) for y in range(classes)]
     sizes = Counter(k for _, k in train)
     known = {symbol for count in counts for symbol in count}
     totals = [sum(count.values()) + len(known) for count in counts]
 
     def of_classes(symbols: list[str]) -> list[float]:
-        found = []
+        scores = []
         for k, (count, total) in enumerate(zip(counts, totals, strict=True)):
             odds = [math.log((count[s] + 1) / total) for s in symbols if s in known]
-            found.append(math.log(sizes[k] / len(train)) + sum(odds))
-        return found
+            scores.append(math.log(sizes[k] / len(train)) + sum(odds))
+        return scores
 
     return of_classes
 
@@ -158,13 +158,13 @@ def logits(model: Classifier, vocabulary: Vocabulary, sequences: list[list[str]]
     return torch.cat([model(*padded([vocabulary.encode(s) for s in b])) for b in batches])
 
 
-def accuracy(found: Tensor, examples: list[Example]) -> float:
-    right = found.argmax(1) == torch.tensor([kind for _, kind in examples])
+def accuracy(scores: Tensor, examples: list[Example]) -> float:
+    right = scores.argmax(1) == torch.tensor([kind for _, kind in examples])
     return right.float().mean().item()
 
 
 def as_read(model: Classifier, vocabulary: Vocabulary, symbols: list[str]) -> Tensor:
-    """The classes' probabilities after the first symbol, the second, ...: the prefixes, a batch."""
+    """The probabilities of the classes after each symbol: the prefixes are one batch."""
     prefixes = [symbols[: k + 1] for k in range(len(symbols))]
     return logits(model, vocabulary, prefixes).softmax(1)
 
@@ -174,21 +174,21 @@ def plot(
     title: str,
     training: Training,
     task: Task,
-    found: Tensor,
+    scores: Tensor,
     read: list[tuple[int, str, Tensor]],
 ) -> None:
     kinds = torch.tensor([kind for _, kind in task.test])
-    p = found.softmax(1).gather(1, kinds[:, None]).squeeze(1)
+    p = scores.softmax(1).gather(1, kinds[:, None]).squeeze(1)
     colors = (RED, BLUE, GREY)[: len(task.classes)]
     with figure(path, title, 1, 3, figsize=(15, 4.2)) as (left, middle, right):
         training.draw(left, "cross-entropy, nats")
         shares = [p[kinds == k].tolist() for k in range(len(task.classes))]
         middle.hist(shares, 10, range=(0, 1), label=task.classes, color=colors)
-        middle.set(xlabel="probability that the right class is given", ylabel="test sequences")
+        middle.set(xlabel="probability of the correct class", ylabel="test sequences")
         for k, text, p in read:
             label = f"{task.classes[k]}: {text if len(text) <= 32 else f'{text[:29]}...'}"
             right.plot(range(1, len(p) + 1), p, marker=".", color=colors[k], label=label)
-        high = 1.1 + 0.1 * len(read)  # the legend's place
+        high = 1.1 + 0.1 * len(read)  # space for the legend
         right.set(xlabel="symbols read", ylabel="probability of that class", ylim=(-0.05, high))
 
 
@@ -212,11 +212,11 @@ def main(argv: list[str] | None = None) -> None:
         sequences, kinds = zip(*choose(encoded, config["batch_size"]), strict=True)
         return nn.functional.cross_entropy(model(*padded(sequences)), torch.tensor(kinds))
 
-    wanted = torch.tensor([kind for _, kind in task.validation])
+    target = torch.tensor([kind for _, kind in task.validation])
 
     def validate() -> float:
-        found = logits(model, vocabulary, [symbols for symbols, _ in task.validation])
-        return nn.functional.cross_entropy(found, wanted).item()
+        scores = logits(model, vocabulary, [symbols for symbols, _ in task.validation])
+        return nn.functional.cross_entropy(scores, target).item()
 
     print(
         f"{config['task']}: {sizes('sequences', *task[1:])}",
@@ -225,32 +225,34 @@ def main(argv: list[str] | None = None) -> None:
     training.run(loss_of_a_batch, validate, 50, args.checkpoint)
 
     sequences = [symbols for symbols, _ in task.test]
-    found = logits(model, vocabulary, sequences)
+    scores = logits(model, vocabulary, sequences)
     bayes = torch.tensor(list(map(naive_bayes(task.train, count), sequences)))
-    most = torch.tensor([[kind for _, kind in task.train].count(k) for k in range(count)])
+    frequency = torch.tensor([[kind for _, kind in task.train].count(k) for k in range(count)])
     rows = {
-        f"{rnn.__name__}({config['hidden']}), both ways": accuracy(found, task.test),
+        f"{rnn.__name__}({config['hidden']}), bidirectional": accuracy(scores, task.test),
         "naive Bayes": accuracy(bayes, task.test),
-        f"always: {task.classes[most.argmax()]}": accuracy(most.expand_as(found), task.test),
+        f"always: {task.classes[frequency.argmax()]}": accuracy(
+            frequency.expand_as(scores), task.test
+        ),
     }
-    print("\nright of the test sequences")
+    print("\ncorrect test sequences")
     for name, value in rows.items():
-        print(f"  {name:24}{value:7.1%}")
-    print("\nof each class the first that is told right")
+        print(f"  {name:26}{value:7.1%}")
+    print("\nthe first correct sequence of each class")
     read = []
-    guesses = found.argmax(1).tolist()
+    guesses = scores.argmax(1).tolist()
     for k, kind in enumerate(task.classes):
-        judged = zip(task.test, guesses, strict=True)
-        for symbols in [s for (s, right), guess in judged if right == guess == k][:1]:
+        pairs = zip(task.test, guesses, strict=True)
+        for symbols in [s for (s, target), guess in pairs if target == guess == k][:1]:
             p = as_read(model, vocabulary, symbols)[:, k]
             text = (" " if config["task"] == "sentiment" else "").join(symbols)
             read.append((k, text, p))
             print(f"\n{text}\n  {kind}: {p[-1]:.0%}")
     ours, other, _ = rows.values()
-    title = f"{ours:.0%} of the test sequences are told right, by naive Bayes {other:.0%}"
+    title = f"{ours:.0%} of the test sequences are correct, {other:.0%} by naive Bayes"
     print(f"\n{title}.")
     if args.plot:
-        plot(args.plot, title, training, task, found, read)
+        plot(args.plot, title, training, task, scores, read)
 
 
 if __name__ == "__main__":

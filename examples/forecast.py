@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Forecast a time series, the sunspots of each year since 1700, one year ahead and eleven.
+"""Forecast a time series, the sunspots of each year since 1700, one to eleven years ahead.
 
-    LSTM (or GRU, or RNN) -> linear -> next year's number
+    LSTM (or GRU, or RNN) -> linear -> number of the next year
 
-The series is split in time order: the network learns from the first years, the weights are those
-of the step that did best in the years after, and it is judged by the last years, which nothing else
-has seen. It is held against the naive forecast, next year as this one, and against the same year of
-the cycle before, eleven years ago. Farther ahead it reads its own forecasts.
+The series is split in time order. The network learns from the first years, the following years
+select the best training step, and the last years, used for nothing else, are the test. Two
+baselines are the naive forecast (next year equals this year) and the value eleven years before, one
+sunspot cycle. For more than one year ahead the network reads its own forecasts.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ import fastrnn
 SERIES = Path(__file__).parent / "data" / "sunspots.csv"
 OPTIONS = [
     CELL,
-    Option("hidden", 32, "its hidden_size"),
-    Option("window", 48, "years of a training sequence"),
-    Option("batch_size", 32, "sequences of a training step, from anywhere in the training years"),
+    Option("hidden", 32, "hidden_size of the layer"),
+    Option("window", 48, "years per training sequence"),
+    Option("batch_size", 32, "sequences per training step, from random training years"),
     *learning(600),
 ]
 TRAIN, VALIDATION = 0.7, 0.85
-"""Where in the series the training years end, and where those end by which weights are chosen."""
+"""The shares of the series at which the training and the validation years end."""
 
 CYCLE = 11
 
@@ -55,13 +55,13 @@ class Forecaster(nn.Module):
         self.linear = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """x: [T, B, 1]. Returns of each value the change to the next, and the state."""
+        """x: [T, B, 1]. Returns the predicted change after each value, and the state."""
         output, state = self.rnn(x, state)
         return self.linear(output), state
 
 
 class Series:
-    """Numbers in time order, to a network in units of how the training years scatter."""
+    """Numbers in time order, scaled for the network by mean and deviation of the training years."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -80,9 +80,9 @@ class Series:
 
 @torch.no_grad()
 def forecasts(model: Forecaster, series: Series, ahead: int) -> Tensor:
-    """From each time but the last on, the next ``ahead`` values: ``[T - 1, ahead]``."""
+    """The next ``ahead`` values from each time but the last: ``[T - 1, ahead]``."""
     x = series.network()[:-1]
-    # All that a time knows is the state there: of each prefix of the series the last.
+    # The state after each prefix of the series is all that a forecast from there may use.
     states, state, steps = [], None, []
     for t in range(len(x)):
         change, state = model(x[t : t + 1], state)
@@ -92,25 +92,25 @@ def forecasts(model: Forecaster, series: Series, ahead: int) -> Tensor:
     parts = zip(*((s,) if isinstance(s, Tensor) else s for s in states), strict=True)
     joined = tuple(torch.cat(part, 1) for part in parts)
     state = joined if len(joined) > 1 else joined[0]
-    found = [value]
+    values = [value]
     for _ in range(ahead - 1):
-        change, state = model(found[-1], state)
-        found.append(found[-1] + change)
-    return torch.cat(found)[:, :, 0].t() * series.scale + series.mean
+        change, state = model(values[-1], state)
+        values.append(values[-1] + change)
+    return torch.cat(values)[:, :, 0].t() * series.scale + series.mean
 
 
 def errors(predicted: Tensor, series: Series, first: int, last: int) -> list[float]:
-    """Root mean square of the errors by years ahead, of forecasts of the times [first, last)."""
-    found = []
+    """Root mean square errors by years ahead, for forecasts of the times [first, last)."""
+    by_years = []
     for ahead in range(1, predicted.shape[1] + 1):
         origins = torch.arange(first - ahead, last - ahead)
         wrong = predicted[origins, ahead - 1] - series.values[origins + ahead]
-        found.append(wrong.square().mean().sqrt().item())
-    return found
+        by_years.append(wrong.square().mean().sqrt().item())
+    return by_years
 
 
 def naive(series: Series, ahead: int, cycle: int = 1) -> Tensor:
-    """As ``forecasts``: the last value known of the same place in the cycle."""
+    """Like ``forecasts``: the last known value of the same phase of the cycle."""
     origins = torch.arange(len(series.values) - 1)
     back = [cycle * -(-k // cycle) - k for k in range(1, ahead + 1)]
     return torch.stack([series.values[(origins - b).clamp_min(0)] for b in back], 1)
@@ -149,7 +149,7 @@ def plot(
 
 def main(argv: list[str] | None = None) -> None:
     def arguments(parser: argparse.ArgumentParser) -> None:
-        what = f"a CSV file of a line of names, then times and values (default {SERIES.name})"
+        what = f"CSV file: a line of names, then years and values (default {SERIES.name})"
         parser.add_argument("series", nargs="?", type=Path, default=SERIES, help=what)
 
     args, config, resumed = start("forecast", __doc__, OPTIONS, argv, arguments)
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         "forecast", model := Forecaster(rnn, config["hidden"]), config, data, resumed
     )
     numbers = series.network()[:T, 0, 0]
-    sequences = numbers.unfold(0, window + 1, 1).t()[:, :, None]  # [window + 1, how many, 1]
+    sequences = numbers.unfold(0, window + 1, 1).t()[:, :, None]  # [window + 1, count, 1]
 
     def loss_of_a_batch() -> Tensor:
         batch = sequences[:, torch.randint(sequences.shape[1], (config["batch_size"],))]
@@ -178,10 +178,9 @@ def main(argv: list[str] | None = None) -> None:
         return (error / series.scale.item()) ** 2
 
     last = len(series.values)
-    years = (
-        f"{series.times[0]} to {series.times[T - 1]}, tested {series.times[series.validation]} on"
-    )
-    print(f"{args.series.name}: {last} values; learnt from {years}", flush=True)
+    starts, ends, tested = (series.times[k] for k in (0, T - 1, series.validation))
+    years = f"training on {starts} to {ends}, test from {tested}"
+    print(f"{args.series.name}: {last} values; {years}", flush=True)
     training.run(loss_of_a_batch, validate, 20, args.checkpoint)
 
     predicted = forecasts(model, series, CYCLE)
@@ -191,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         "as this year": errors(naive(series, CYCLE), *test),
         f"as {CYCLE} years before": errors(naive(series, CYCLE, CYCLE), *test),
     }
-    print(f"\nroot mean square error in the test years, {CYCLE} years ahead and fewer")
+    print(f"\nroot mean square error in the test years, one to {CYCLE} years ahead")
     for name, values in curves.items():
         print(f"  {name:20}" + " ".join(f"{value:5.1f}" for value in values))
     ours, this_year, _ = curves.values()

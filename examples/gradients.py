@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Why the gates matter: how much of a gradient reaches the early steps of a long sequence.
 
-A layer reads characters of a book, and `fastrnn.diagnostics.gradient_flow` says how large the
-gradient of its last state is with respect to its state after each step. Four pictures: an RNN's
-gradient vanishes or explodes; what the gates of a GRU and an LSTM change; what initialisation does;
-and what clipping does to a training in which it explodes.
+A layer reads the characters of a book. `fastrnn.diagnostics.gradient_flow` measures the gradient of
+its last state with respect to its state after each step. The panels show how the gradient of an RNN
+vanishes or explodes, what the gates of a GRU and an LSTM change, the effect of initialisation, and
+the effect of clipping on a training in which the gradient explodes.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ Curves = dict[str, Tensor]
 
 
 def characters() -> tuple[Tensor, int]:
-    """The book as numbers, in BATCH contiguous streams, [N, BATCH], and how many there are."""
-    found, ids = numbered(read_text(BOOK))
-    return streams(ids, BATCH), len(found)
+    """The book as BATCH contiguous streams of indices, [N, BATCH], and the number of symbols."""
+    symbols, ids = numbered(read_text(BOOK))
+    return streams(ids, BATCH), len(symbols)
 
 
 def measured(layer: fastrnn.RNNBase, x: Tensor, state: str = "h") -> GradientFlow:
-    """How the gradient of the last h or c flows back."""
+    """The gradient of the last h or c, with respect to the state after each step."""
     last = 0 if state == "h" else 1
     return gradient_flow(layer.double(), x, loss=lambda _, final: final[last].sum())
 
 
 def reaches(flow: GradientFlow, state: str = "h") -> Tensor:
-    """Of the gradient of the last h or c the part that reaches that of each step."""
+    """The norm of that gradient at each step, over its norm at the last step."""
     norm = flow.gradient[state][0, 0]
     return norm / norm[-1]
 
@@ -58,13 +58,13 @@ def relu(scale: float) -> fastrnn.RNN:
 
 
 def lstm(change: Callable[[fastrnn.LSTM], Any] = lambda _: None) -> fastrnn.LSTM:
-    torch.manual_seed(0)  # all begin with the same weights
+    torch.manual_seed(0)  # the same initial weights for all
     change(layer := fastrnn.LSTM(EMBEDDING, HIDDEN))
     return layer
 
 
 def pictures(x: Tensor) -> dict[str, Curves]:
-    """What reaches each step, by picture and layer, and at last the forget gates."""
+    """The curves by panel and layer: gradients by step, then the forget gates."""
     init = fastrnn.init
     lstms = {
         "as torch.nn does": measured(lstm(), x, "c"),
@@ -88,8 +88,8 @@ def pictures(x: Tensor) -> dict[str, Curves]:
 
 
 def clipped(data: Tensor, symbols: int, length: int, steps: int) -> dict[str, Curves]:
-    """The losses and the norms of a training of an RNN whose gradient explodes, by clipping."""
-    found: dict[str, Curves] = {"loss": {}, "norm": {}}
+    """Losses and gradient norms of an RNN whose gradient explodes, for each kind of clipping."""
+    curves: dict[str, Curves] = {"loss": {}, "norm": {}}
     for name, limits in CLIPPING.items():
         torch.manual_seed(0)
         config = {"embedding": EMBEDDING, "hidden": HIDDEN, "layers": 1, "dropout": 0.0}
@@ -115,8 +115,8 @@ def clipped(data: Tensor, symbols: int, length: int, steps: int) -> dict[str, Cu
                 optimizer.step()
                 losses.append(loss.item())
                 report(step)
-        found["loss"][name], found["norm"][name] = torch.tensor(losses), torch.tensor(norms)
-    return found
+        curves["loss"][name], curves["norm"][name] = torch.tensor(losses), torch.tensor(norms)
+    return curves
 
 
 def finite(values: Tensor) -> Tensor:
@@ -125,9 +125,7 @@ def finite(values: Tensor) -> Tensor:
 
 def plot(path: Path, found: dict[str, Curves], trained: dict[str, Curves], constant: float) -> None:
     length = len(next(iter(next(iter(found.values())).values())))
-    title = (
-        f"What of the last step's gradient reaches each of {length} steps, and what clipping does"
-    )
+    title = f"The gradient of the last step at each of {length} steps, and the effect of clipping"
     with figure(path, title, 2, 3, figsize=(16, 8)) as panels:
         *shown, losses, norms = panels.flatten()
         for panel, (name, curves) in zip(shown, found.items(), strict=True):
@@ -138,18 +136,18 @@ def plot(path: Path, found: dict[str, Curves], trained: dict[str, Curves], const
                 panel.set(ylabel="share of units below 0.1 or above 0.9", ylim=(-0.05, 1.1))
             else:
                 low = min(values.min().item() for values in curves.values())
-                panel.set(ylabel="gradient, over the last step's", yscale="log")
+                panel.set(ylabel="gradient, relative to the last step", yscale="log")
                 panel.set(ylim=(max(low, 1e-20), None))
         for panel, curves in (losses, trained["loss"]), (norms, trained["norm"]):
             for (label, values), color in zip(curves.items(), COLORS, strict=False):
                 some, mark = finite(values), None
                 if len(some) < len(values):
-                    mark, label = "x", f"{label}, no number after step {len(some)}"
+                    mark, label = "x", f"{label}, not finite after step {len(some)}"
                 panel.plot(range(1, len(some) + 1), some, color=color, label=label, marker=mark)
             panel.set(xlabel="training step", title="a relu RNN from W_hh = I, trained by SGD")
         losses.axhline(constant, color=GREY, ls="--", label="by the characters' frequency")
         losses.set(ylabel="loss, nats per character", ylim=(2, 6))
-        norms.set(ylabel="norm of the gradient, before it is clipped", yscale="log")
+        norms.set(ylabel="norm of the gradient before clipping", yscale="log")
         for panel in panels.flatten():
             panel.grid(alpha=0.3)
 
@@ -159,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=200, help="time steps (default 200)")
     parser.add_argument("--steps", type=int, default=600, help="training steps (default 600)")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the result here")
-    what = "draw here what GradientFlow.plot draws, of two layers of an LSTM, both ways"
+    what = "draw here GradientFlow.plot() of a bidirectional LSTM of two layers"
     parser.add_argument("--flow", type=Path, metavar="PATH", help=what)
     args = parser.parse_args(argv)
     for path in args.plot, args.flow:
@@ -171,18 +169,18 @@ def main(argv: list[str] | None = None) -> None:
     x = nn.functional.embedding(data[: args.length], torch.randn(symbols, EMBEDDING).double())
     found = pictures(x)
     *reached, (gates, shares) = found.items()
-    print(f"\nof the last step's gradient reaches the first of {args.length} steps:")
+    print(f"\ngradient at the first of {args.length} steps, relative to the last step:")
     for name, curves in reached:
         print(f"  {name}")
         for label, values in curves.items():
             print(f"    {label:28}{values[0].item():9.1e}")
-    print(f"\n{gates}, units below 0.1 or above 0.9, of all steps:")
+    print(f"\n{gates}, share of units below 0.1 or above 0.9, mean over the steps:")
     for label, values in shares.items():
         print(f"    {label:28}{values.mean().item():9.1%}")
     print(flush=True)
     trained = clipped(data, symbols, args.length, args.steps)
-    learnt = data[: args.steps * args.length].flatten()
-    constant = by_frequency(learnt, learnt, symbols)
+    read = data[: args.steps * args.length].flatten()
+    constant = by_frequency(read, read, symbols)
     print(f"\na relu RNN from W_hh = I, {args.steps} steps of SGD on {args.length} characters:")
     print(f"  {'':22}{'largest gradient':>18}{'last losses, nats':>19}")
     for label, values in trained["loss"].items():

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """One to many: a melody from a key, a metre and a first note.
 
-    key and metre -> linear -> the state that an LSTM (or GRU, or RNN) begins with
-    first note -> LSTM -> linear -> the next note, which is read next, and so on to the end
+    key and metre -> linear -> the initial state of an LSTM (or GRU, or RNN)
+    first note -> LSTM -> linear -> the next note, which is fed back, until the tune ends
 
 It learns from Irish and Scottish tunes in ABC notation: O'Neill's "Music of Ireland" and James
-Aird's "Selection of Airs", as the package music21 has them. What it writes is printed in ABC again,
-for an ABC player to play.
+Aird's "Selection of Airs", from the package music21. It prints its melodies in ABC, for any ABC
+player.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ import fastrnn
 
 OPTIONS = [
     CELL,
-    Option("hidden", 192, "its hidden_size"),
-    Option("embedding", 64, "the size of a note's embedding"),
-    dropout(0.3, "its input and output"),
-    Option("batch_size", 32, "tunes of a training step"),
+    Option("hidden", 192, "hidden_size of the layer"),
+    Option("embedding", 64, "size of a note embedding"),
+    dropout(0.3, "the input and output of the layer"),
+    Option("batch_size", 32, "tunes per training step"),
     *learning(1000),
 ]
 BOOKS = ["oneills1850", "airdsAirs"]
 LONGEST = 250
-"""Notes and bars of a tune; longer ones are left out."""
+"""The most notes and bars in a tune; longer tunes are skipped."""
 RARE = 20
-"""A note that occurs less often in all tunes leaves its tune out."""
+"""A tune is skipped if one of its notes occurs less often than this in all tunes."""
 
 END = "end"
 
 
 def collection() -> list[Tune]:
-    """The tunes of music21's corpus that can be read."""
+    """The tunes of the music21 corpus that can be read."""
     package = importlib.util.find_spec("music21")
     if package is None or package.origin is None:
         fail("music21, which has the tunes, is missing: pip install 'fastrnn[examples]'")
@@ -103,19 +103,19 @@ class Composer(nn.Module):
         self.linear = nn.Linear(config["hidden"], notes)
 
     def begin(self, vector: Tensor) -> Any:
-        """The state in which the layer knows the vector, [B, whole], that all is made from."""
+        """The initial state for a vector of key and metre, [B, whole]."""
         parts = torch.tanh(self.first(vector))[None].chunk(self.states, 2)
         parts = tuple(part.contiguous() for part in parts)
         return parts if self.states > 1 else parts[0]
 
     def forward(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """ids: [T, B] notes. Returns the logits of the next ones, [T, B, notes], and the state."""
+        """ids: [T, B] notes. Returns the logits of the next notes, [T, B, notes], and the state."""
         output, state = self.rnn(self.dropout(self.embedding(ids)), state)
         return self.linear(self.dropout(output)), state
 
 
 class Tunes:
-    """Tunes as numbers: the vector of what is known of the whole, and the notes."""
+    """Tunes as tensors: a vector of key and metre, and the notes."""
 
     def __init__(self, train: list[Tune]) -> None:
         self.notes = Vocabulary([*tune.notes, END] for tune in train)
@@ -137,7 +137,7 @@ class Tunes:
     def compose(
         self, model: Composer, begun: list[Tune], temperature: float, seed: int
     ) -> list[Tune]:
-        """A tune for each of those, from its key, its metre and its first note."""
+        """A tune for each of the given ones, from its key, metre and first note."""
         generator = torch.Generator().manual_seed(seed)
         state = model.begin(torch.stack([self.vector(t.key, t.metre) for t in begun]))
         drawn = [self.notes.encode([t.notes[0] for t in begun])]
@@ -155,29 +155,29 @@ class Tunes:
 
 
 def in_key(tunes: list[Tune]) -> float:
-    """The share of notes that are of their tune's scale."""
-    judged = [
+    """The share of notes in the scale of their tune."""
+    fits = [
         int(note.partition(":")[0]) % 12 in tune.key.scale()
         for tune in tunes
         for note in tune.notes
         if note != BAR and not note.startswith(REST)
     ]
-    return sum(judged) / max(1, len(judged))
+    return sum(fits) / max(1, len(fits))
 
 
 def full_bars(tunes: list[Tune]) -> float:
-    """The share of bars, but the first and the last, whose notes fill the metre."""
-    judged = []
+    """The share of bars whose notes fill the metre, without the first and the last bar."""
+    full = []
     for tune in tunes:
         bars = [list(bar) for is_bar, bar in groupby(tune.notes, BAR.__eq__) if not is_bar]
         for bar in bars[1:-1]:
             length = sum(Fraction(note.partition(":")[2]) for note in bar)
-            judged.append(length == Fraction(tune.metre))
-    return sum(judged) / max(1, len(judged))
+            full.append(length == Fraction(tune.metre))
+    return sum(full) / max(1, len(full))
 
 
 def plot(path: Path, title: str, training: Training, tunes: list[Tune]) -> None:
-    """The training, and the tunes as a roll of paper for a mechanical piano has them."""
+    """The training, and the tunes as a piano roll."""
     with figure(path, title, 1, 2, figsize=(13, 4.2), width_ratios=(1, 1.8)) as (left, right):
         training.draw(left, "cross-entropy of a note, nats")
         for tune, color in zip(tunes, (BLUE, RED), strict=True):
@@ -209,10 +209,10 @@ def plot(path: Path, title: str, training: Training, tunes: list[Tune]) -> None:
 def main(argv: list[str] | None = None) -> None:
     def arguments(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
-        add("--key", default="G", help="of the melody, such as D, Em or Ador (default G)")
-        add("--metre", default="6/8", help="such as 4/4 or 6/8 (default 6/8)")
-        add("--note", default="d", help="the first, an eighth, as ABC writes it (default d)")
-        add("--temperature", type=float, default=0.7, help="of the writing (default 0.7)")
+        add("--key", default="G", help="key of the melody, such as D, Em or Ador (default G)")
+        add("--metre", default="6/8", help="metre, such as 4/4 or 6/8 (default 6/8)")
+        add("--note", default="d", help="first note, an eighth in ABC notation (default d)")
+        add("--temperature", type=float, default=0.7, help="sampling temperature (default 0.7)")
 
     args, config, resumed = start("melody", __doc__, OPTIONS, argv, arguments)
     try:
@@ -230,48 +230,48 @@ def main(argv: list[str] | None = None) -> None:
     rnn = getattr(fastrnn, config["cell"].upper())
     model = Composer(rnn, len(tunes.whole), len(tunes.notes), config)
     training = Training("melody", model, config, train, resumed)
-    learnt, kept, judged = ([tunes.encode(t) for t in part] for part in (train, validation, test))
+    encoded = [[tunes.encode(t) for t in part] for part in (train, validation, test)]
     print(
         f"{sizes('tunes', train, validation, test)}, {len(tunes.notes) - 3} notes",
         flush=True,
     )
     training.run(
-        lambda: tunes.loss(model, choose(learnt, config["batch_size"])),
-        lambda: tunes.loss(model, kept).item(),
+        lambda: tunes.loss(model, choose(encoded[0], config["batch_size"])),
+        lambda: tunes.loss(model, encoded[1]).item(),
         50,
         args.checkpoint,
     )
 
-    said = [torch.cat([ids[1:] for _, ids in part]) for part in (learnt, judged)]
-    constant = by_frequency(*said, len(tunes.notes))
+    notes = [torch.cat([ids[1:] for _, ids in part]) for part in (encoded[0], encoded[2])]
+    constant = by_frequency(*notes, len(tunes.notes))
     with torch.no_grad():
-        ours = tunes.loss(model, judged).item()
+        ours = tunes.loss(model, encoded[2]).item()
     print(
         f"\ncross-entropy of a note, test: {ours:.2f} nats, by the notes' frequency {constant:.2f}"
     )
     made = tunes.compose(model, test, args.temperature, config["seed"])
-    # As if the network had not been told: the notes of a tune of another key and metre.
+    # The baseline ignores key and metre: the notes of a tune with another key and metre.
     others = []
     for k, tune in enumerate(test):
         unlike = [
             t for t in test[k + 1 :] + test[:k] if t.key != tune.key and t.metre != tune.metre
         ]
         others += [tune._replace(notes=t.notes) for t in unlike[:1]]
-    print(f"\n{'':28}{'notes in key':>14}{'full bars':>12}")
+    print(f"\n{'':30}{'notes in key':>14}{'full bars':>12}")
     for name, some in (
         ("test tunes", test),
-        ("written, same key and metre", made),
-        ("of another key and metre", others),
+        ("generated, same key and metre", made),
+        ("other key and metre", others),
     ):
-        print(f"{name:28}{in_key(some):14.1%}{full_bars(some):12.1%}")
-    # A second one from the same note, in the key that is farthest.
+        print(f"{name:30}{in_key(some):14.1%}{full_bars(some):12.1%}")
+    # A second melody from the same note, in the most distant key.
     other = max((tune.key for tune in train), key=lambda k: abs(k.sharps - key.sharps))
     pair = tunes.compose(
         model, [given, given._replace(key=other)], args.temperature, config["seed"]
     )
     print(f"\n{abc(pair[0], f'From {key}, {given.metre} and {args.note}')}")
-    title = f"Of its notes {in_key(made):.0%} are in the key that it was given, of other tunes' "
-    title += f"{in_key(others):.0%}"
+    title = f"{in_key(made):.0%} of the generated notes are in the given key, "
+    title += f"{in_key(others):.0%} of the notes of other tunes"
     print(f"\n{title}.")
     if args.plot:
         plot(args.plot, title, training, pair)

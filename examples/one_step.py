@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""One to one: a recurrent layer that takes one step is a plain network, here on the sunspots.
+"""One to one: a recurrent layer that runs one step is a plain network, shown on sunspots.
 
-    eleven years' numbers -> one step of LSTM (or GRU, or RNN) -> linear -> the next year's number
+    eleven years -> one step of LSTM (or GRU, or RNN) -> linear -> the next year
 
-From a state of zero nothing is carried: an RNN is then a layer of tanh, an LSTM and a GRU are
-layers with gates, and W_hh takes no part. The program trains the recurrent layer, copies its
-weights into torch.nn.Linear layers, and shows that both say the same and have the same gradients.
-It is held against the naive forecast; `forecast.py` carries the state from year to year.
+The initial state is zero, so W_hh has no effect: an RNN is then a tanh layer, and an LSTM and a
+GRU are gated layers. The program trains the recurrent layer, copies its weights into
+torch.nn.Linear layers, and shows that both have the same outputs and gradients. It compares with
+the naive forecast. `forecast.py` carries the state from year to year.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import fastrnn
 
 OPTIONS = [
     CELL,
-    Option("hidden", 32, "its hidden_size"),
-    Option("batch_size", 32, "of a training step"),
+    Option("hidden", 32, "hidden_size of the layer"),
+    Option("batch_size", 32, "batch size of a training step"),
     *learning(600),
 ]
 
@@ -45,13 +45,13 @@ class OneStep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, I]. Returns [B]."""
-        output, _ = self.rnn(x[None])  # a time of one step
+        output, _ = self.rnn(x[None])  # T = 1
         value: Tensor = self.linear(output[0])
         return value.squeeze(1)
 
 
 class Plain(nn.Module):
-    """The same without recurrence: a linear layer, the gates, a linear layer."""
+    """The same network without recurrence: a linear layer, the gates, a linear layer."""
 
     def __init__(self, model: OneStep) -> None:
         super().__init__()
@@ -80,16 +80,18 @@ class Plain(nn.Module):
 
 
 def differences(model: OneStep, x: Tensor, y: Tensor) -> tuple[float, float, float]:
-    """Between both networks in float64: outputs, gradients; and how large the gradient of W_hh is.
+    """Compare both networks in float64.
 
-    Of the outputs and gradients the largest difference over the largest value.
+    Returns:
+        The largest difference of the outputs and of the gradients, each over the largest value,
+        and the largest gradient of W_hh.
     """
     one, x, y = OneStep(type(model.rnn), x.shape[1], model.rnn.hidden_size), x.double(), y.double()
     one.load_state_dict(model.state_dict())
     plain = Plain(one.double()).double()
-    said = [network(x) for network in (one, plain)]
-    for out in said:
-        nn.functional.mse_loss(out, y).backward()
+    outputs = [network(x) for network in (one, plain)]
+    for output in outputs:
+        nn.functional.mse_loss(output, y).backward()
     rnn = one.rnn
     pairs = [
         (rnn.weight_ih_l0.grad, plain.gates.weight.grad),
@@ -98,11 +100,11 @@ def differences(model: OneStep, x: Tensor, y: Tensor) -> tuple[float, float, flo
         (one.linear.weight.grad, plain.linear.weight.grad),
     ]
 
-    def apart(a: Tensor, b: Tensor) -> float:
+    def difference(a: Tensor, b: Tensor) -> float:
         return ((a - b).abs().max() / b.abs().max()).item()
 
     recurrent = rnn.weight_hh_l0.grad.abs().max().item()
-    return apart(*said), max(apart(a, b) for a, b in pairs), recurrent
+    return difference(*outputs), max(difference(a, b) for a, b in pairs), recurrent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,44 +116,44 @@ def main(argv: list[str] | None = None) -> None:
         slice(None, series.train - CYCLE),
         slice(series.train - CYCLE, series.validation - CYCLE),
     ]
-    learn, choose, judge = *parts, slice(series.validation - CYCLE, None)
+    train, validation, test = *parts, slice(series.validation - CYCLE, None)
     rnn = getattr(fastrnn, config["cell"].upper())
     model = OneStep(rnn, CYCLE, config["hidden"])
     training = Training("one_step", model, config, series.values.tolist(), resumed)
 
-    # It learns the change from the last year, so that to know nothing is the naive forecast.
+    # The target is the change from the last year, so an untrained output of zero is the naive one.
     change = y - x[:, -1]
 
     def loss_of_a_batch() -> Tensor:
-        some = torch.randint(len(x[learn]), (config["batch_size"],))
-        return nn.functional.mse_loss(model(x[learn][some]), change[learn][some])
+        batch = torch.randint(len(x[train]), (config["batch_size"],))
+        return nn.functional.mse_loss(model(x[train][batch]), change[train][batch])
 
     def error(part: slice) -> float:
         return nn.functional.mse_loss(model(x[part]), change[part]).item()
 
-    print(f"{SERIES.name}: {len(numbers)} values; {CYCLE} years say the next", flush=True)
-    training.run(loss_of_a_batch, lambda: error(choose), 20, args.checkpoint)
+    print(f"{SERIES.name}: {len(numbers)} values; the next year from {CYCLE} years", flush=True)
+    training.run(loss_of_a_batch, lambda: error(validation), 20, args.checkpoint)
 
-    outputs, gradients, recurrent = differences(model, x[judge], change[judge])
-    print(f"\n{rnn.__name__} of one step against torch.nn.Linear and the gates, in float64")
+    outputs, gradients, recurrent = differences(model, x[test], change[test])
+    print(f"\none step of {rnn.__name__} against torch.nn.Linear and the gates, in float64")
     print(f"  {outputs:8.1e}  largest difference of the outputs, over the largest output")
-    print(f"  {gradients:8.1e}  the same of the gradients")
-    print(f"  {recurrent:8.1e}  largest gradient of W_hh, which takes no part")
+    print(f"  {gradients:8.1e}  largest difference of the gradients, over the largest gradient")
+    print(f"  {recurrent:8.1e}  largest gradient of W_hh, which has no effect")
     with torch.no_grad():
-        said = model(x[judge]) + x[judge][:, -1]
+        predicted = model(x[test]) + x[test][:, -1]
     scale = series.scale.item()
-    ours = scale * (said - y[judge]).square().mean().sqrt().item()
-    naive = scale * change[judge].square().mean().sqrt().item()
+    ours = scale * (predicted - y[test]).square().mean().sqrt().item()
+    naive = scale * change[test].square().mean().sqrt().item()
     title = f"One year ahead the error is {ours:.1f}, of the naive forecast {naive:.1f}"
     print(f"\n{title}.")
     if args.plot:
         with figure(args.plot, title, 1, 2, figsize=(11, 4.2)) as (left, right):
             training.draw(left, "mean square error")
-            actual, found = (scale * each + series.mean for each in (y[judge], said))
-            right.plot([0, 200], [0, 200], color=GREY, label="right")
-            right.plot(actual, found, "o", color=RED, label="one step")
+            actual, forecast = (scale * v + series.mean for v in (y[test], predicted))
+            right.plot([0, 200], [0, 200], color=GREY, label="correct")
+            right.plot(actual, forecast, "o", color=RED, label="one step")
             right.plot(
-                actual, scale * x[judge][:, -1] + series.mean, "x", color=BLUE, label="as this year"
+                actual, scale * x[test][:, -1] + series.mean, "x", color=BLUE, label="as this year"
             )
             right.set(xlabel="sunspots, test years", ylabel="forecast")
             right.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The processes that torchrun started, which share each batch, or this one alone."""
+"""The processes that torchrun started, which share each batch; or a single process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from training import fail
 
 
 def _checkpoints() -> tuple[Any, Any]:
-    """torch's functions on the state of a model that may be cut into parts, and how to call them.
+    """The torch functions for the state of a possibly sharded model, and their options.
 
-    The state is that of one process, whatever model and optimizer are cut into. Imported late: it
-    takes its time, and a torch without torch.distributed has none.
+    The state has the layout of a single process, however model and optimizer are sharded. The
+    import is slow, and fails in a torch without torch.distributed, so it is deferred.
     """
     from torch.distributed.checkpoint import state_dict
 
@@ -26,13 +26,13 @@ def _checkpoints() -> tuple[Any, Any]:
 
 
 class Processes:
-    """As a context, in which only the first process prints.
+    """A context in which only the first process prints.
 
     Args:
-        device: with "cuda" each process has one of the machine's GPUs, and they talk by NCCL; with
-            "cpu" by gloo.
-        sharded: the model's parameters are cut among the processes (FSDP); else each has them all
-            (DistributedDataParallel).
+        device: with "cuda" each process uses one GPU of the machine, and they communicate by NCCL;
+            with "cpu" by gloo.
+        sharded: the parameters are distributed over the processes (FSDP); otherwise each process
+            has all of them (DistributedDataParallel).
     """
 
     def __init__(self, device: str = "cpu", sharded: bool = False) -> None:
@@ -41,9 +41,9 @@ class Processes:
         )
         self.started = "RANK" in os.environ  # by torchrun
         if device == "cuda" and not torch.cuda.is_available():
-            fail("--device cuda: torch sees no GPU")
+            fail("--device cuda: torch finds no GPU")
         if sharded and not self.started:
-            fail("--fsdp: start it with torchrun, as many processes as there are to be parts")
+            fail("--fsdp: start it with torchrun, with one process per shard")
         version = tuple(map(int, torch.__version__.split(".")[:2]))
         if sharded and device == "cpu" and version < (2, 7):
             fail(f"--fsdp on a CPU: expected torch 2.7 or newer, got {torch.__version__}")
@@ -78,19 +78,19 @@ class Processes:
             dist.destroy_process_group()
 
     def generators(self) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
-        """How to get and to set the state of each random generator that a training draws from."""
-        found = [(torch.get_rng_state, torch.set_rng_state)]
+        """Functions that get and set the state of each random generator of a training."""
+        functions = [(torch.get_rng_state, torch.set_rng_state)]
         if self.device.type == "cuda":
             get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
-            found.append((lambda: get(self.device), lambda state: put(state, self.device)))
-        return found
+            functions.append((lambda: get(self.device), lambda state: put(state, self.device)))
+        return functions
 
     def share(self, batch: Tensor, dim: int) -> Tensor:
-        """This process's part of a batch."""
+        """The part of a batch that belongs to this process."""
         return batch.chunk(self.size, dim)[self.rank].contiguous()
 
     def whole(self, part: Tensor, dim: int) -> Tensor:
-        """The parts of all, on the CPU."""
+        """The parts of all processes, concatenated on the CPU."""
         if self.size == 1:
             return part.cpu()
         part = part.to(self.device).contiguous()
@@ -99,14 +99,14 @@ class Processes:
         return torch.cat(parts, dim).cpu()
 
     def mean(self, value: Tensor) -> float:
-        """Of the processes' values, which have equal parts of the batch."""
+        """The mean of a value over the processes, which have equal parts of the batch."""
         value = value.detach().clone()
         if self.size > 1:
             dist.all_reduce(value)
         return value.item() / self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in one process: all go the same way."""
+        """Whether the flag is true in any process, so that all processes do the same."""
         if self.size == 1:
             return flag
         count = torch.tensor(float(flag), device=self.device)
@@ -114,7 +114,7 @@ class Processes:
         return count.item() > 0
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model as one that reduces its gradients over all processes."""
+        """The model, reducing its gradients over all processes."""
         model.to(self.device)
         if not self.started:
             return model
@@ -122,7 +122,7 @@ class Processes:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            # Without it FSDP would take the machine's GPUs whatever the device.
+            # Without a mesh FSDP would use the GPUs of the machine for every device.
             mesh = init_device_mesh(self.device.type, (self.size,))
             for child in model.children():
                 if any(True for _ in child.parameters()):
@@ -132,7 +132,7 @@ class Processes:
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Of both, with the names of the model that is not parallel; whole in the first process."""
+        """The state of both with the names of the plain model; complete in the first process."""
         checkpoints, whole = _checkpoints()
         weights, moments = checkpoints.get_state_dict(model, optimizer, options=whole)
         return {"model": weights, "optimizer": moments}

@@ -1,4 +1,4 @@
-"""Sequences of words, or of other symbols, as tensors: what the examples on text share."""
+"""Sequences of words or other symbols as tensors, shared by the examples on text."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Item = TypeVar("Item")
 
 
 class Vocabulary:
-    """Symbols and their numbers, the frequent ones first after padding and the unknown symbol.
+    """Symbols and their numbers: padding, the unknown symbol, then symbols by frequency.
 
     Args:
-        at_least: symbols that occur less often are unknown.
+        at_least: symbols that occur less often count as unknown.
     """
 
     def __init__(self, sequences: Iterable[Sequence[str]], at_least: int = 1) -> None:
@@ -49,14 +49,14 @@ def padded(sequences: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 
 
 def choose(items: Sequence[Item], how_many: int) -> list[Item]:
-    """A batch of items, drawn by torch's generator, which a checkpoint keeps."""
+    """A random batch, drawn by the generator of torch, whose state a checkpoint stores."""
     return [items[i] for i in torch.randint(len(items), (how_many,)).tolist()]
 
 
 def split(items: Sequence[Item]) -> tuple[list[Item], list[Item], list[Item]]:
-    """For training, validation and test: eight, one and one tenth, the same at every run.
+    """Eight, one and one tenth for training, validation and test, the same in every run.
 
-    What is there twice is taken once, or the test would ask for what was learnt by heart.
+    Duplicates are removed, because the test set must not contain training items.
     """
     items = list({repr(item): item for item in items}.values())
     shuffled = random.Random(0).sample(items, len(items))
@@ -64,9 +64,9 @@ def split(items: Sequence[Item]) -> tuple[list[Item], list[Item], list[Item]]:
     return shuffled[:first], shuffled[first:second], shuffled[second:]
 
 
-def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    """The mean of the symbols wanted, ``[T, B]``, but for what is padded."""
-    flat = logits.flatten(0, 1), wanted.flatten()
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """The mean over the target symbols, ``[T, B]``, without padding."""
+    flat = logits.flatten(0, 1), target.flatten()
     return nn.functional.cross_entropy(*flat, ignore_index=PAD)
 
 
@@ -75,22 +75,22 @@ def sizes(what: str, *parts: Sequence[object]) -> str:
     return f"{counts} {what} for training, validation and test"
 
 
-def by_frequency(learnt: Tensor, judged: Tensor, symbols: int) -> float:
-    """What a constant predictor reaches: the mean cross-entropy by the symbols' frequency."""
-    share = torch.bincount(learnt, minlength=symbols) + 1.0
-    logits = share.log().expand(len(judged), -1)
-    return nn.functional.cross_entropy(logits, judged).item()
+def by_frequency(train: Tensor, test: Tensor, symbols: int) -> float:
+    """Mean cross-entropy of a constant predictor: the symbol frequencies of the training data."""
+    share = torch.bincount(train, minlength=symbols) + 1.0
+    logits = share.log().expand(len(test), -1)
+    return nn.functional.cross_entropy(logits, test).item()
 
 
 def numbered(text: str) -> tuple[str, Tensor]:
-    """The characters that occur, in order, and the text as their numbers."""
+    """The distinct characters, sorted, and the text as indices into them."""
     characters = "".join(sorted(set(text)))
     index = {character: i for i, character in enumerate(characters)}
     return characters, torch.tensor([index[character] for character in text])
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, compressed by gzip if it is called .gz."""
+    """The content of a UTF-8 text file, decompressed if its name ends in .gz."""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Many to many, step by step: the part of speech of each word of a conversation in Cantonese.
 
-    embedding -> LSTM (or GRU, or RNN), both ways -> linear -> the tag of each word
+    embedding -> bidirectional LSTM (or GRU, or RNN) -> linear -> the tag of each word
 
-Utterances of different lengths lie in one batch, beside their ``lengths``: the way back begins at
-each one's own last word, and the output after it is zero. The network is held against the most
-frequent tag, and against each word's most frequent one, which does not look at the words beside it.
+A batch contains utterances of different lengths, and the layer gets their ``lengths``. So the
+reverse direction begins at the last word of each utterance, and the output after it is zero. The
+baselines are the most frequent tag, and the most frequent tag of each word, which ignores context.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ import fastrnn
 
 OPTIONS = [
     CELL,
-    Option("hidden", 96, "its hidden_size, in each direction"),
-    Option("embedding", 96, "the size of a word's embedding"),
-    dropout(0.4, "what the layer reads and on its output"),
-    Option("batch_size", 64, "utterances of a training step"),
+    Option("hidden", 96, "hidden_size of the layer, in each direction"),
+    Option("embedding", 96, "size of a word embedding"),
+    dropout(0.4, "the input and output of the layer"),
+    Option("batch_size", 64, "utterances per training step"),
     *learning(1500, lr=1e-2),
 ]
-# The tags of the corpus that are most frequent.
+# The most frequent tags of the corpus.
 NAMES = {
     "v": "verb",
     "r": "pronoun",
@@ -60,11 +60,11 @@ Utterance = list[tuple[str, str]]
 
 def corpus() -> list[Utterance]:
     """Utterances of words and their tags."""
-    found = []
+    utterances = []
     for line in read_lines(DATA / "cantonese.txt.gz"):
         words = (word.rpartition("/") for word in line.split())
-        found.append([(word, tag) for word, _, tag in words])
-    return found
+        utterances.append([(word, tag) for word, _, tag in words])
+    return utterances
 
 
 class Tagger(nn.Module):
@@ -76,14 +76,14 @@ class Tagger(nn.Module):
         self.linear = nn.Linear(2 * config["hidden"], tags)
 
     def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
-        """ids: [T, B]. Returns the logits of each word's tags, [T, B, tags]."""
+        """ids: [T, B]. Returns the logits of the tags of each word, [T, B, tags]."""
         output, _ = self.rnn(self.dropout(self.embedding(ids)), lengths=lengths)
         logits: Tensor = self.linear(self.dropout(output))
         return logits
 
 
 def word_by_word(train: list[Utterance]) -> tuple[dict[str, str], str]:
-    """Each word's most frequent tag, and that of the words that occur once, for unknown ones."""
+    """The most frequent tag of each word, and for unknown words that of words that occur once."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for utterance in train:
         for word, tag in utterance:
@@ -94,7 +94,7 @@ def word_by_word(train: list[Utterance]) -> tuple[dict[str, str], str]:
 
 
 class Batches:
-    """Utterances as numbers."""
+    """Utterances as tensors."""
 
     def __init__(self, train: list[Utterance]) -> None:
         self.words = Vocabulary(([word for word, _ in u] for u in train), at_least=2)
@@ -105,27 +105,27 @@ class Batches:
         return self.words.encode(words), self.tags.encode(tags)
 
     def loss(self, model: Tagger, encoded: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """The mean cross-entropy of a word. What is padded has the tag PAD, and does not count."""
+        """The mean cross-entropy of a word. Padding has the tag PAD, which is ignored."""
         words, tags = zip(*encoded, strict=True)
         logits = model(*padded(words))
         return cross_entropy(logits, padded(tags)[0])
 
     @torch.no_grad()
     def tag(self, model: Tagger, utterances: list[list[str]]) -> list[list[str]]:
-        found = []
+        tags = []
         for first in range(0, len(utterances), 256):
             batch = [self.words.encode(words) for words in utterances[first : first + 256]]
             ids = model(*padded(batch)).argmax(2).t()
             for row, words in zip(ids.tolist(), batch, strict=True):
-                found.append(self.tags.decode(row[: len(words)]))
-        return found
+                tags.append(self.tags.decode(row[: len(words)]))
+        return tags
 
 
 def plot(
     path: Path, title: str, training: Training, pairs: Counter[tuple[str, str]], tags: list[str]
 ) -> None:
-    """The training, and which tags are taken for which."""
-    table = torch.tensor([[pairs[right, found] for found in tags] for right in tags]).float()
+    """The training, and the confusion matrix of the tags."""
+    table = torch.tensor([[pairs[target, guess] for guess in tags] for target in tags]).float()
     rows = torch.tensor([sum(n for (r, _), n in pairs.items() if r == tag) for tag in tags])
     share = 100 * table / rows.clamp_min(1)[:, None]
     with figure(path, title, 1, 2, figsize=(12, 5), width_ratios=(1, 1.2)) as (left, right):
@@ -134,7 +134,7 @@ def plot(
         names = [NAMES.get(tag, tag) for tag in tags]
         right.set_xticks(range(len(tags)), names, rotation=45, ha="right")
         right.set_yticks(range(len(tags)), names)
-        right.set(xlabel="found, % of the row's words", ylabel="right")
+        right.set(xlabel="predicted, % of the words of a row", ylabel="correct")
         for i, row in enumerate(share.tolist()):
             for j, value in enumerate(row):
                 if value >= 1:
@@ -149,42 +149,44 @@ def main(argv: list[str] | None = None) -> None:
     rnn = getattr(fastrnn, config["cell"].upper())
     model = Tagger(rnn, len(batches.words), len(batches.tags), config)
     training = Training("tag", model, config, train, resumed)
-    learnt, kept = ([batches.encode(u) for u in part] for part in (train, validation))
+    encoded = [[batches.encode(u) for u in part] for part in (train, validation)]
     words = f"{len(batches.words):,} words, {len(batches.tags) - 2} tags"
     print(f"cantonese.txt.gz: {sizes('utterances', train, validation, test)}, {words}")
     training.run(
-        lambda: batches.loss(model, choose(learnt, config["batch_size"])),
-        lambda: batches.loss(model, kept).item(),
+        lambda: batches.loss(model, choose(encoded[0], config["batch_size"])),
+        lambda: batches.loss(model, encoded[1]).item(),
         50,
         args.checkpoint,
     )
 
-    found = batches.tag(model, [[word for word, _ in u] for u in test])
+    predicted = batches.tag(model, [[word for word, _ in u] for u in test])
     frequent = Counter(tag for u in train for _, tag in u)
-    most = frequent.most_common(1)[0][0]
-    alone, unknown = word_by_word(train)
+    most_frequent = frequent.most_common(1)[0][0]
+    tag_of, unknown = word_by_word(train)
     right: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
     ours, by_word, always = (
-        f"{rnn.__name__}({config['hidden']}), both ways",
+        f"{rnn.__name__}({config['hidden']}), bidirectional",
         "word by word",
-        f"always: {NAMES.get(most, most)}",
+        f"always: {NAMES.get(most_frequent, most_frequent)}",
     )
-    for utterance, tags in zip(test, found, strict=True):
+    for utterance, tags in zip(test, predicted, strict=True):
         for (word, tag), guess in zip(utterance, tags, strict=True):
             pairs[tag, guess] += 1
-            for name, said in ((ours, guess), (by_word, alone.get(word, unknown)), (always, most)):
-                right[name] += said == tag
+            guesses = {ours: guess, by_word: tag_of.get(word, unknown), always: most_frequent}
+            for name, each in guesses.items():
+                right[name] += each == tag
     total = sum(pairs.values())
-    print(f"\nright of the {total:,} words in test utterances")
+    print(f"\ncorrect tags of the {total:,} words in test utterances")
     for name in (ours, by_word, always):
-        print(f"  {name:24}{right[name] / total:7.1%}")
-    shown = max(range(len(test)), key=lambda i: len(set(found[i])) if len(test[i]) < 13 else 0)
+        print(f"  {name:26}{right[name] / total:7.1%}")
+    shown = max(range(len(test)), key=lambda i: len(set(predicted[i])) if len(test[i]) < 13 else 0)
     print(
-        "\n" + " ".join(f"{w}/{tag}" for (w, _), tag in zip(test[shown], found[shown], strict=True))
+        "\n"
+        + " ".join(f"{w}/{tag}" for (w, _), tag in zip(test[shown], predicted[shown], strict=True))
     )
     share, other = right[ours] / total, right[by_word] / total
-    title = f"{share:.1%} of the tags are right, word by word {other:.1%}"
+    title = f"{share:.1%} of the tags are correct, {other:.1%} word by word"
     print(f"\n{title}.")
     if args.plot:
         tags = [tag for tag, _ in frequent.most_common(len(NAMES) + 3) if tag in NAMES]

@@ -1,4 +1,4 @@
-"""What the examples share: options, checkpoints, progress, and a training that can be stopped."""
+"""Shared by the examples: options, checkpoints, progress, and an interruptible training."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BLUE, RED, GREEN, GREY, SAND = "#1d3557", "#e76f51", "#2a9d8f", "#8d99ae", "#f4a
 
 
 class Option(NamedTuple):
-    """One of the model or its training. A checkpoint keeps its value, and decides if none is given.
+    """An option of the model or its training. If it is not given, the checkpoint's value applies.
 
     Attributes:
-        from_zero: whether a number may be zero; otherwise it is positive.
+        from_zero: whether a number may be zero; otherwise it must be positive.
     """
 
     name: str
@@ -43,14 +43,14 @@ NO_LIMIT = "; 0 for no limit"
 
 
 def learning(steps: int, lr: float = 3e-3) -> list[Option]:
-    """The options of every training, with the defaults of one."""
-    most = "training steps in all, those of a resumed checkpoint included"
+    """The options that every training has, with the defaults of this one."""
+    total = "total training steps, including those of a resumed checkpoint"
     return [
-        Option("lr", lr, "Adam's learning rate"),
-        Option("seed", 0, "of all that is random", from_zero=True),
-        Option("steps", steps, most),
-        Option("clip_norm", 1.0, f"most of all gradients' norm{NO_LIMIT}", from_zero=True),
-        Option("clip_value", 0.0, f"most of a gradient's each element{NO_LIMIT}", from_zero=True),
+        Option("lr", lr, "learning rate of Adam"),
+        Option("seed", 0, "random seed", from_zero=True),
+        Option("steps", steps, total),
+        Option("clip_norm", 1.0, f"limit of the norm of all gradients{NO_LIMIT}", from_zero=True),
+        Option("clip_value", 0.0, f"limit of each element of a gradient{NO_LIMIT}", from_zero=True),
     ]
 
 
@@ -67,15 +67,15 @@ def fail(message: str) -> NoReturn:
 
 
 def add_options(parser: argparse.ArgumentParser, options: list[Option]) -> None:
-    """Options of the model and its training, and where to save it and draw its plot."""
+    """Add the options of the model and its training, and the paths of checkpoint and plot."""
     add = parser.add_argument
     for option in options:
-        # None tells an option that was not given, which a checkpoint may then decide.
+        # None marks an option that was not given: the value of a checkpoint then applies.
         text = f"{option.meaning} (default {option.default})"
         add(_flag(option.name), type=type(option.default), choices=option.choices, help=text)
     when = f"save here every {SAVE_EVERY} steps, at the end and on Ctrl-C"
-    add("--checkpoint", type=Path, metavar="PATH", help=f"{when} (default that of --resume)")
-    more = "go on from this checkpoint; with as many --steps as are done, only show what it can do"
+    add("--checkpoint", type=Path, metavar="PATH", help=f"{when} (default: the path of --resume)")
+    more = "resume from this checkpoint; if it has --steps steps already, only evaluate it"
     add("--resume", type=Path, metavar="PATH", help=more)
     add("--plot", type=Path, metavar="PATH", help="draw the result here (.png, .pdf or .svg)")
 
@@ -86,10 +86,10 @@ def check_options(
     options: list[Option],
     from_zero: tuple[str, ...] = (),
 ) -> None:
-    """Finds before the training what would fail after it: numbers, and what ``check_files`` does.
+    """Check before the training what would fail after it: numbers, files and packages.
 
     Args:
-        from_zero: arguments that are not options and may be zero.
+        from_zero: further arguments that may be zero.
     """
     args.checkpoint = args.checkpoint or args.resume
     zeros = {*from_zero, *(option.name for option in options if option.from_zero)}
@@ -104,7 +104,7 @@ def check_options(
 def check_files(
     parser: argparse.ArgumentParser, plot: Path | None, checkpoint: Path | None = None
 ) -> None:
-    """Whether the plot and the checkpoint can be written, and what that needs is installed."""
+    """Check that the plot and the checkpoint can be written, with the packages they need."""
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--plot {plot}: the name must end in .png, .pdf or .svg")
     for path in checkpoint, plot:
@@ -118,14 +118,14 @@ def check_files(
 def configure(
     args: argparse.Namespace, options: list[Option], resumed: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What was given, else what the checkpoint was trained with, else the defaults."""
+    """The given values, otherwise those of the checkpoint, otherwise the defaults."""
     config = {option.name: option.default for option in options}
     config.update(resumed["config"] if resumed else {})
-    for name, kept in config.items():
+    for name, stored in config.items():
         given = getattr(args, name)
-        if resumed and name != "steps" and given not in (None, kept):
-            fail(f"{args.resume} was trained with {_flag(name)} {kept}, not {given}")
-        config[name] = kept if given is None else given
+        if resumed and name != "steps" and given not in (None, stored):
+            fail(f"{args.resume} was trained with {_flag(name)} {stored}, not {given}")
+        config[name] = stored if given is None else given
     return config
 
 
@@ -137,12 +137,12 @@ def start(
     arguments: Callable[[argparse.ArgumentParser], None] = lambda _: None,
     from_zero: tuple[str, ...] = (),
 ) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any] | None]:
-    """What a program begins with: its arguments, the values of its options, and what it resumes.
+    """Parse the command line: arguments, values of the options, and the checkpoint to resume.
 
     Args:
-        doc: the program's docstring, whose first line says what it does.
-        arguments: adds those that are not options of the training, of which those named
-            ``from_zero`` may be zero.
+        doc: the docstring of the program; its first line is the description.
+        arguments: adds further arguments to the parser.
+        from_zero: those of them that may be zero.
     """
     parser = argparse.ArgumentParser(program, description=(doc or "").partition("\n")[0])
     arguments(parser)
@@ -158,7 +158,7 @@ def start(
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """The program, without a traceback when Ctrl-C ends it."""
+    """Run the program; Ctrl-C ends it without a traceback."""
     try:
         main()
     except KeyboardInterrupt:
@@ -166,7 +166,7 @@ def run_program(main: Callable[[], None]) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Replaces path in one move, so that it is whole whenever the program is stopped."""
+    """Replace path atomically, so that it is complete whenever the program stops."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -198,7 +198,7 @@ def load_checkpoint(path: Path, program: str, options: list[Option]) -> dict[str
 
 @contextmanager
 def figure(path: Path, title: str, *shape: int, **how: Any) -> Iterator[Any]:
-    """The axes of a new plot, which is saved when they are drawn on, as all examples' look."""
+    """The axes of a new plot in the style of the examples; it is saved at the end of the block."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -220,15 +220,15 @@ def figure(path: Path, title: str, *shape: int, **how: Any) -> Iterator[Any]:
 def progress(
     name: str, done: int, steps: int, numbers: Callable[[], str]
 ) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; elsewhere ten plain lines. It is told the steps done."""
+    """A progress bar on a terminal, otherwise ten plain lines. Yields a function of the step."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    began = time.perf_counter()
+    started = time.perf_counter()
 
     def plain(step: int) -> None:
         if step % max(1, steps // 10) == 0 or step == steps:
-            left = (steps - step) * (time.perf_counter() - began) / (step - done)
+            left = (steps - step) * (time.perf_counter() - started) / (step - done)
             print(f"{name:13} {step:>6}/{steps}  {numbers()}  {left:4.0f} s left", flush=True)
 
     console = Console(highlight=False)
@@ -244,7 +244,7 @@ def progress(
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Whether there was a Ctrl-C, which only notes that it came; a second one ends the program."""
+    """Yields whether Ctrl-C was pressed, as a function. A second Ctrl-C ends the program."""
     interrupted: list[bool] = []
 
     def interrupt(*_: object) -> None:
@@ -259,23 +259,23 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def stopped(where: str, checkpoint: Path | None) -> NoReturn:
-    """After the step at which Ctrl-C ended a training, and a save."""
+    """Exit after an interrupted training has been saved."""
     how = f"go on with --resume {checkpoint}" if checkpoint else "nothing saved"
     print(f"interrupted after step {where}; {how}", flush=True)
     raise SystemExit(130)
 
 
 def running_mean(losses: list[float], parts: int) -> tuple[range, Tensor]:
-    """Over a part of the training, since single batches scatter: the steps, and their means."""
+    """Steps, and the running means of the losses: single batches vary too much for a plot."""
     window = max(1, len(losses) // parts)
     return range(window, len(losses) + 1), torch.tensor(losses).unfold(0, window, 1).mean(1)
 
 
 def clip(model: nn.Module, config: dict[str, Any]) -> float:
-    """Limits the gradients as the options say, first each element and then their norm.
+    """Clip the gradients by the options, first each element and then their norm.
 
     Returns:
-        The norm of all gradients before that.
+        The norm of all gradients before clipping.
     """
     weights = [weight for weight in model.parameters() if weight.grad is not None]
     norm = nn.utils.get_total_norm([weight.grad for weight in weights])
@@ -285,21 +285,21 @@ def clip(model: nn.Module, config: dict[str, Any]) -> float:
         nn.utils.clip_grad_norm_(weights, config["clip_norm"])
     elif config["clip_norm"]:
         nn.utils.clip_grads_with_norm_(weights, config["clip_norm"], norm)
-    # Of sharded parameters, with which each process knows a part.
+    # With sharded parameters each process has only a part of the norm.
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
 def digest(data: object) -> str:
-    """Tells data from other data, by what is printed of them."""
+    """A fingerprint of data, from its printed form."""
     return hashlib.sha256(repr(data).encode()).hexdigest()
 
 
 class Training:
-    """Adam's steps on one model, saved as they are made, with the weights that validate best.
+    """Training of one model with Adam, with checkpoints and the weights of the best validation.
 
     Args:
-        data: what is learnt from; a checkpoint is refused that was trained on other data.
-        resumed: the checkpoint to go on from, if any.
+        data: the training data; a checkpoint that was trained on other data is refused.
+        resumed: the checkpoint to resume, if any.
     """
 
     def __init__(
@@ -348,10 +348,10 @@ class Training:
         every: int,
         checkpoint: Path | None,
     ) -> None:
-        """Steps up to those of the options, and then the best weights back into the model.
+        """Train up to the number of steps of the options, then load the best weights.
 
         Args:
-            validate: an error, measured after each ``every`` steps.
+            validate: computes the validation error, every ``every`` steps.
         """
         steps = self.config["steps"]
 
@@ -381,14 +381,14 @@ class Training:
             save()
         if len(self.losses) < steps:
             stopped(f"{len(self.losses)}", checkpoint)
-        # Not in the checkpoint: with more steps there would be no validation here.
+        # Not stored in the checkpoint: a longer training would not validate at this step.
         if [step for step, _ in self.validation[-1:]] != [len(self.losses)]:
             self.validate(validate)
         self.model.load_state_dict(self.best)
         self.model.eval()
 
     def validate(self, validate: Callable[[], float]) -> None:
-        """Notes the error of the weights as they are, and keeps them if it is the least so far."""
+        """Record the error of the current weights, and keep the weights if it is the lowest."""
         self.model.eval()
         with torch.no_grad():
             error = validate()
@@ -398,7 +398,7 @@ class Training:
         self.validation.append((len(self.losses), error))
 
     def draw(self, panel: Any, what: str = "loss") -> None:
-        """The losses, and what validation said."""
+        """Plot the training losses and the validation errors."""
         panel.plot(*running_mean(self.losses, 50), color=BLUE, label="training")
         panel.plot(*zip(*self.validation, strict=True), color=RED, marker=".", label="validation")
         panel.set(xlabel="training step", ylabel=what)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Sequence to sequence: translate the short messages of programs from English to French.
+"""Sequence to sequence: translate short messages of programs from English to French.
 
-    encoder: embedding -> LSTM (or GRU, or RNN), both ways -> what it read, and its final states
-    decoder: embedding -> LSTM, from those states -> attention to what was read -> the next word
+    encoder: embedding -> bidirectional LSTM (or GRU, or RNN) -> its outputs and final states
+    decoder: embedding -> LSTM, from those states -> attention to those outputs -> the next word
 
-The decoder learns by teacher forcing: it reads the right words up to each place and says the next
-one, all places in one call of the layer. When it translates it reads its own words, the most
-probable one each time (greedy), or keeps the most probable few beginnings (a beam).
+The decoder learns by teacher forcing: it reads the correct words up to each position and predicts
+the next one, all positions in one call of the layer. To translate, it reads its own words: the most
+probable word each time (greedy), or the words of the few most probable beginnings (beam search).
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ import fastrnn
 PAIRS = DATA / "messages.tsv.gz"
 OPTIONS = [
     CELL,
-    Option("hidden", 256, "the decoder's hidden_size, half of it in each direction of the encoder"),
-    Option("embedding", 128, "the size of a word's embedding"),
-    dropout(0.4, "what the layers read, and before the last"),
-    Option("batch_size", 64, "pairs of a training step"),
+    Option("hidden", 256, "hidden_size of the decoder; the encoder has half of it per direction"),
+    Option("embedding", 128, "size of a word embedding"),
+    dropout(0.4, "the inputs of the layers, and before the last one"),
+    Option("batch_size", 64, "pairs per training step"),
     *learning(1200),
 ]
 LONGEST = 12
-"""Words of a message; longer ones are left out."""
+"""The most words in a message; longer messages are skipped."""
 
 BEGIN, END = "<begin>", "<end>"
 
@@ -64,7 +64,7 @@ Pair = tuple[list[str], list[str]]
 
 
 def words(text: str) -> list[str]:
-    """Words, marks and what a program fills in, in lower case; an apostrophe ends a word."""
+    """Words, punctuation and placeholders, in lower case; an apostrophe ends a word."""
     return re.findall(r"%\(\w+\)s|%\w|\w+['’]?|[^\w\s]", text.lower().replace("\u2019", "'"))
 
 
@@ -76,12 +76,12 @@ def read_pairs(path: Path) -> list[Pair]:
         source, target = map(words, line.split("\t"))
         if 0 < len(source) <= LONGEST and 0 < len(target) <= LONGEST:
             found.append((source, target))
-    # What differs by case alone is one text.
+    # Texts that differ only in case count once.
     return list({tuple(source): (source, target) for source, target in found}.values())
 
 
 class Memory(NamedTuple):
-    """What the encoder read: ``[B, S, hidden]``, and where it is padded, ``[B, S]``."""
+    """Encoder outputs, ``[B, S, hidden]``, and whether they are words or padding, ``[B, S]``."""
 
     values: Tensor
     is_word: Tensor
@@ -105,7 +105,7 @@ class Translator(nn.Module):
         self.linear = nn.Linear(H, target)
 
     def encode(self, ids: Tensor, lengths: list[int]) -> tuple[Memory, State]:
-        """ids: [S, B]. Returns what was read and the decoder's first state, ``[1, B, hidden]``."""
+        """ids: [S, B]. Returns the memory and the initial decoder state, ``[1, B, hidden]``."""
         output, state = self.encoder(self.dropout(self.source(ids)), lengths=lengths)
         parts = state if isinstance(state, tuple) else (state,)
         first = tuple(torch.cat([part[0], part[1]], 1)[None] for part in parts)
@@ -124,7 +124,7 @@ class Translator(nn.Module):
         return logits, hx if isinstance(hx, tuple) else (hx,), weights
 
     def forward(self, source: Tensor, lengths: list[int], target: Tensor) -> Tensor:
-        """Teacher forcing: of each place of target, [T, B], the logits of the next word."""
+        """Teacher forcing: the logits of the next word at each position of target, [T, B]."""
         logits, _, _ = self.decode(target, *self.encode(source, lengths))
         return logits
 
@@ -133,18 +133,17 @@ class Translator(nn.Module):
 def search(
     model: Translator, sources: list[Tensor], begin: int, end: int, width: int = 1
 ) -> list[tuple[list[int], float]]:
-    """The most probable translation that a beam of that width finds, and its log-probability.
+    """The most probable translation found by a beam of that width, and its log-probability.
 
-    Each source has ``width`` beginnings. They are all extended at once by every word, and the most
-    probable of those are the next beginnings; one that has ended stays as it is. With a width of
-    one that is the greedy choice.
+    Each source has ``width`` beginnings. Each step extends all of them by every word and keeps the
+    most probable results. A finished translation stays as it is. A width of one is greedy search.
     """
     memory, state = model.encode(*padded(sources))
     B = len(sources)
     origin = torch.arange(B).repeat_interleave(width)
     memory, state = memory.rows(origin), tuple(part[:, origin] for part in state)
     texts = torch.full((B * width, 1), begin)
-    # All beginnings of a source are alike at first: only one may be extended.
+    # At first all beginnings of a source are the same, so only one may be extended.
     scores = torch.zeros(B, width).index_fill_(1, torch.arange(1, width), -torch.inf)
     ended = torch.zeros(B * width, dtype=torch.bool)
     for _ in range(2 * LONGEST):
@@ -160,7 +159,7 @@ def search(
         texts = torch.cat([texts[row], word[:, None]], 1)
         state = tuple(part[:, row] for part in state)
         ended = word == end
-        if ended.view(B, width)[:, 0].all():  # nothing overtakes the best: scores only fall
+        if ended.view(B, width)[:, 0].all():  # scores only fall, so the best stays the best
             break
     found = []
     for text, score in zip(texts[::width].tolist(), scores[:, 0].tolist(), strict=True):
@@ -170,7 +169,7 @@ def search(
 
 
 def distance(a: list[str], b: list[str]) -> int:
-    """Words to insert, remove or replace until a is b."""
+    """The number of words to insert, remove or replace to turn a into b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
@@ -180,30 +179,35 @@ def distance(a: list[str], b: list[str]) -> int:
 
 
 def plot(
-    path: Path, title: str, training: Training, weights: Tensor, source: list[str], said: list[str]
+    path: Path,
+    title: str,
+    training: Training,
+    weights: Tensor,
+    source: list[str],
+    output: list[str],
 ) -> None:
-    """The training, and which words the decoder looked at when it said which."""
+    """The training, and the attention of each output word to the words read."""
     with figure(path, title, 1, 2, figsize=(12, 4.8)) as (left, right):
         training.draw(left, "cross-entropy of a word, nats")
         right.imshow(weights.tolist(), cmap="Blues", vmin=0, vmax=1)
         right.set_xticks(range(len(source)), source, rotation=45, ha="right")
-        right.set_yticks(range(len(said)), said)
-        right.set(xlabel="reads", ylabel="says")
+        right.set_yticks(range(len(output)), output)
+        right.set(xlabel="words read", ylabel="words written")
 
 
 def main(argv: list[str] | None = None) -> None:
     def arguments(parser: argparse.ArgumentParser) -> None:
         what = f"UTF-8 lines of a text, a tab and its translation (default {PAIRS.name})"
         parser.add_argument("pairs", nargs="?", type=Path, default=PAIRS, help=what)
-        parser.add_argument("--beam", type=int, default=4, help="beginnings kept (default 4)")
-        parser.add_argument("--translate", metavar="TEXT", help="translate this at the end")
+        parser.add_argument("--beam", type=int, default=4, help="width of the beam (default 4)")
+        parser.add_argument("--translate", metavar="TEXT", help="also translate this text")
 
     args, config, resumed = start("translate", __doc__, OPTIONS, argv, arguments)
     if config["hidden"] % 2:
         fail(f"--hidden {config['hidden']}: expected an even number, half for each direction")
-    asked = words(args.translate or "")
-    if args.translate is not None and not asked:
-        fail(f"--translate: expected a word or more, got {args.translate!r}")
+    requested = words(args.translate or "")
+    if args.translate is not None and not requested:
+        fail(f"--translate: expected at least one word, got {args.translate!r}")
     train, validation, test = split(read_pairs(args.pairs))
     if not (train and validation and test):
         fail(f"{args.pairs}: expected ten pairs or more of up to {LONGEST} words")
@@ -223,49 +227,48 @@ def main(argv: list[str] | None = None) -> None:
         logits = model(*padded(sources), ids[:-1])
         return cross_entropy(logits, ids[1:])
 
-    learnt, kept = encode(train), encode(validation)
+    encoded = [encode(part) for part in (train, validation, test)]
     vocabularies = f"{len(source):,} and {len(target):,} words"
     print(
         f"{args.pairs.name}: {sizes('pairs', train, validation, test)}, {vocabularies}",
         flush=True,
     )
     training.run(
-        lambda: loss(choose(learnt, config["batch_size"])),
-        lambda: loss(kept).item(),
+        lambda: loss(choose(encoded[0], config["batch_size"])),
+        lambda: loss(encoded[1]).item(),
         50,
         args.checkpoint,
     )
 
-    judged = encode(test)
-    said = [torch.cat([ids[1:] for _, ids in part]) for part in (learnt, judged)]
-    constant = by_frequency(*said, len(target))
+    target_ids = [torch.cat([ids[1:] for _, ids in part]) for part in (encoded[0], encoded[2])]
+    constant = by_frequency(*target_ids, len(target))
     with torch.no_grad():
-        ours = loss(judged).item()
+        ours = loss(encoded[2]).item()
     print(
         f"\ncross-entropy of a word, test: {ours:.2f} nats, by the words' frequency {constant:.2f}"
     )
 
-    sources = [ids for ids, _ in judged]
-    total = sum(len(wanted) for _, wanted in test)
+    sources = [ids for ids, _ in encoded[2]]
+    total = sum(len(reference) for _, reference in test)
     results = {}
-    print(f"\n{'decoding':12}{'word errors':>12}{'all right':>12}{'log-probability':>17}")
+    print(f"\n{'decoding':12}{'word errors':>12}{'all correct':>13}{'log-probability':>17}")
     for name, width in (("greedy", 1), (f"beam of {args.beam}", args.beam)):
         found = search(model, sources, begin, end, width)
         texts = [target.decode(ids) for ids, _ in found]
         wrong = sum(distance(text, t) for text, (_, t) in zip(texts, test, strict=True)) / total
         right = sum(text == t for text, (_, t) in zip(texts, test, strict=True)) / len(test)
         mean = sum(score for _, score in found) / len(found)
-        print(f"{name:12}{wrong:12.1%}{right:12.1%}{mean:17.2f}")
+        print(f"{name:12}{wrong:12.1%}{right:13.1%}{mean:17.2f}")
         results[name] = texts, right
     texts, right = list(results.values())[-1]
     print()
-    for (read, wanted), text in list(zip(test, texts, strict=True))[:8]:
-        mark = "=" if text == wanted else f"right: {' '.join(wanted)}"
+    for (read, reference), text in list(zip(test, texts, strict=True))[:8]:
+        mark = "=" if text == reference else f"reference: {' '.join(reference)}"
         print(f"  {' '.join(read)} -> {' '.join(text)}  ({mark})")
-    if asked:
-        ((found_ids, _),) = search(model, [source.encode(asked)], begin, end, args.beam)
+    if requested:
+        ((found_ids, _),) = search(model, [source.encode(requested)], begin, end, args.beam)
         print(f"\n{args.translate} -> {' '.join(target.decode(found_ids))}")
-    title = f"{right:.0%} of the test messages are translated word for word as by a person"
+    title = f"{right:.0%} of the test messages are translated exactly as in the reference"
     print(f"\n{title}.")
     if args.plot:
         rights = [i for i, (_, t) in enumerate(test) if texts[i] == t] or [0]

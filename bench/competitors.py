@@ -1,4 +1,4 @@
-"""Everybody who takes part: how each builds a case, and how its results compare with torch.nn's."""
+"""The competitors: how each builds a case, and the check of its results against torch.nn."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from cases import Case, Problem, make
 from torch import Tensor, nn
+from workloads import Case, Problem, make
 
 import fastrnn
 
 Run = Callable[[], Any]
 
-# Both libraries order the gates in their own way; these are rows of torch's.
+# ONNX and torch order the gates differently. Position in ONNX -> gate in torch.
 ONNX_GATES = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
 
 
 COMPILED_SHAPES = ("(1, 1, 64, 64)", "(100, 1, 64, 64)", "(100, 32, 64, 64)", "(50, 64, 512, 512)")
 
 
-class Peer(Protocol):
-    """Attributes: ``name``, and ``needs``, the packages without which it is reported missing."""
+class Competitor(Protocol):
+    """Attributes: ``name``, and ``needs``, the packages that must be installed."""
 
     name: str
     needs: tuple[str, ...]
 
     def refuses(self, case: Case) -> str | None:
-        """Why this peer has no answer to the case; None if it has."""
+        """Why this competitor is not measured on the case, or None if it is."""
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
-        """A function that does the case once."""
+        """A function that runs the case once."""
 
     def results(self, raw: Any) -> list[Tensor]:
-        """What a run gave: the output, in training then the gradients in order of leaves."""
+        """The results of a run: the output, then in training the gradients, in leaf order."""
 
 
-# Idle threads spin for some milliseconds after a call, on a core that the next one needs: nobody
-# begins before they are asleep, unless they never are.
+# Idle threads spin for some milliseconds after a call, on a core that the next call needs. A sample
+# starts once they sleep, or after MAX_REST if they never do.
 REST = 5e-3
-LONGEST_REST = 0.5
-# A sample shorter than this is repeated: the clock, and an interrupt, would weigh too much. On busy
-# cores a sample must see several turns of the scheduler, each of some milliseconds.
+MAX_REST = 0.5
+# Calls are repeated until a sample is this long; the clock and interrupts would distort a shorter
+# one. On busy cores a sample must span several time slices of the scheduler, of some ms each.
 SAMPLE = 2e-3
 BUSY_SAMPLE = 50e-3
-FEWEST_ROUNDS = 7
+MIN_ROUNDS = 7
 
 
 class Rotated:
-    """The same case on copies of its numbers by turns, more than the L2 cache holds."""
+    """The same case on several copies of its tensors in turn, together larger than the L2 cache."""
 
     on_gpu = True
 
@@ -64,19 +64,19 @@ class Rotated:
         return next(self.runs)()
 
 
-def prepared(peer: Peer, case: Case, numbers: Sequence[Problem], threads: int) -> Run:
-    """A run of a case; of several copies of its numbers if it is on a GPU."""
-    runs = [peer.prepare(case, problem, threads) for problem in numbers]
-    return Rotated(runs) if numbers[0].x.is_cuda else runs[0]
+def prepared(competitor: Competitor, case: Case, problems: Sequence[Problem], threads: int) -> Run:
+    """A run of a case; on a GPU it rotates through the copies of the problem."""
+    runs = [competitor.prepare(case, problem, threads) for problem in problems]
+    return Rotated(runs) if problems[0].x.is_cuda else runs[0]
 
 
 def rest(run: Run) -> None:
-    """Wait until the threads of whoever ran before are asleep, and wake one's own."""
+    """Wait until the threads of the previous run sleep, then wake those of this one."""
     if getattr(run, "on_gpu", False):
         torch.cuda.synchronize()
         run()
         return
-    for _ in range(round(LONGEST_REST / REST)):
+    for _ in range(round(MAX_REST / REST)):
         before = time.process_time()
         time.sleep(REST)
         if time.process_time() - before < REST / 10:
@@ -85,7 +85,7 @@ def rest(run: Run) -> None:
 
 
 def timed(run: Run, repeats: int) -> float:
-    """Seconds of one call; on a GPU by its own clock."""
+    """Seconds of one call; on a GPU measured by CUDA events."""
     if getattr(run, "on_gpu", False):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -101,20 +101,20 @@ def timed(run: Run, repeats: int) -> float:
 
 
 def repeats(run: Run, sample: float = SAMPLE) -> int:
-    """How many calls a sample takes."""
+    """The number of calls in a sample."""
     return max(1, round(sample / min(timed(run, 2) for _ in range(3))))
 
 
-def missing(peer: Peer) -> str | None:
-    absent = [n for n in peer.needs if importlib.util.find_spec(n) is None]
+def missing(competitor: Competitor) -> str | None:
+    absent = [n for n in competitor.needs if importlib.util.find_spec(n) is None]
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
 class Module:
-    """A library with torch.nn's interface; of fastrnn perhaps a backend that is not the fastest."""
+    """A library with the interface of torch.nn; for fastrnn optionally a named backend."""
 
     compiled = False
-    padded = False  # and beside its lengths, where the others get a packed batch
+    padded = False  # a padded batch with ``lengths``, where the others get a packed batch
 
     def __init__(self, name: str, backend: str | None = None) -> None:
         self.name = f"{name} {backend}" if backend else name
@@ -131,14 +131,14 @@ class Module:
             ours.load_state_dict(module.state_dict())
             module = ours.train(case.training)
         if self.compiled:
-            torch._dynamo.reset()  # else it refuses the ninth layer that it meets
+            torch._dynamo.reset()  # otherwise it refuses to compile more than eight layers
             module = torch.compile(module, fullgraph=True)
         x, hx = problem.x, problem.hx
         packed = case.packed and not self.padded
         more = {"lengths": problem.lengths} if self.padded else {}
 
         def output() -> Tensor:
-            input = problem.pack(x) if packed else x  # batches come padded
+            input = problem.pack(x) if packed else x  # packing is part of the measurement
             if self.backend:
                 with fastrnn.use_backend(self.backend):
                     result = module(input, hx, **more)
@@ -173,7 +173,7 @@ class Module:
 
 
 class Compiled(Module):
-    """Our layer in a graph of ``torch.compile``'s, which has nothing to fuse it with."""
+    """The fastrnn layer alone under ``torch.compile``, with nothing to fuse it with."""
 
     compiled = True
 
@@ -183,12 +183,12 @@ class Compiled(Module):
 
     def refuses(self, case: Case) -> str | None:
         if not case.training or str(case.shape) not in COMPILED_SHAPES:
-            return "measured in training, and at a few sizes"
+            return "measured in training only, at a few sizes"
         return _refuses_variants(case)
 
 
 class Lengths(Module):
-    """Our layer on a padded batch beside its lengths, of which the others get the packed one."""
+    """The fastrnn layer on a padded batch with ``lengths``; the others get it packed."""
 
     padded = True
 
@@ -197,10 +197,10 @@ class Lengths(Module):
         self.name = "fastrnn lengths"
 
     def refuses(self, case: Case) -> str | None:
-        return None if case.packed else "measured on the packed batches, unpacked"
+        return None if case.packed else "measured on the packed cases only, with their padded batch"
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
-        self.pack = problem.pack  # for results, in which torch.nn's are packed
+        self.pack = problem.pack  # the results of torch.nn are packed
         return super().prepare(case, problem, threads)
 
     def results(self, raw: Any) -> list[Tensor]:
@@ -209,14 +209,14 @@ class Lengths(Module):
 
 
 class FlashRnn:
-    """https://github.com/NX-AI/flashrnn, of which a head is a layer."""
+    """https://github.com/NX-AI/flashrnn; one head is one layer."""
 
     name = "flashrnn"
     needs = ("flashrnn",)
 
     def refuses(self, case: Case) -> str | None:
         if case.cell != "LSTM":
-            return "measured with the LSTM, whose gates are torch's"
+            return "measured on the LSTM only, whose gates are those of torch"
         return _refuses_variants(case)
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
@@ -251,14 +251,14 @@ class FlashRnn:
 
 
 class CompiledLoop:
-    """A loop over a cell in Python, unrolled and fused by ``torch.compile``; one case shows it."""
+    """A Python loop over a cell, unrolled and fused by ``torch.compile``."""
 
     name = "torch.compile"
     needs = ()
 
     def refuses(self, case: Case) -> str | None:
         if str(case) != "LSTM-inference-37x5x48x96":
-            return "measured at one case only, since it compiles every step"
+            return "measured on one case only: it compiles every step"
         return None
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
@@ -348,12 +348,12 @@ class OpenVino:
 
 def _refuses_variants(case: Case) -> str | None:
     if case.variant not in ("", "1 thread"):
-        return "measured without variants"
+        return "not measured on variants"
     return None
 
 
 def _onnx(case: Case, problem: Problem) -> Any:
-    """The layer as one ONNX operator, of fixed sizes."""
+    """The layer as one ONNX operator of fixed size."""
     from onnx import TensorProto, helper, numpy_helper
 
     T, B, I, H = case.shape
@@ -389,7 +389,7 @@ def _onnx(case: Case, problem: Problem) -> Any:
 
 
 class Jax:
-    """``lax.scan`` under ``jit``, with the input's product in front of the loop."""
+    """``lax.scan`` under ``jit``, with the product W_ih x ahead of the loop."""
 
     name = "jax"
     needs = ("jax",)
@@ -398,13 +398,13 @@ class Jax:
         if case.packed:
             return "has no packed batches"
         if case.one_step or case.deterministic:
-            return "measured without variants"
+            return "not measured on variants"
         if case.threads is not None:
             return "cannot change its number of threads within a process"
         return None
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
-        # Read by XLA when it makes its first computation, and only then.
+        # XLA reads these once, at its first computation.
         os.environ.setdefault(
             "XLA_FLAGS", f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
         )
@@ -450,8 +450,8 @@ class Jax:
             return x
 
         def train(arguments: Any, cotangent: Any) -> Any:
-            output, reverse = jax.vjp(lambda a: forward(*a), arguments)
-            x, state, parameters = reverse(cotangent)[0]
+            output, backward = jax.vjp(lambda a: forward(*a), arguments)
+            x, state, parameters = backward(cotangent)[0]
             return [output, x, *state, *parameters]
 
         def array(t: Tensor) -> Any:
@@ -473,7 +473,7 @@ class Jax:
 
 
 class _Nothing(torch.autograd.Function):
-    """As many arguments as a layer has, and gradients for all."""
+    """Takes as many arguments as a layer and returns a gradient for each."""
 
     @staticmethod
     def forward(ctx: Any, *leaves: Tensor) -> Tensor:
@@ -486,18 +486,18 @@ class _Nothing(torch.autograd.Function):
 
 
 class Floor:
-    """What a call costs that computes nothing, or next to nothing: a limit, not a peer."""
+    """The cost of a call that computes little or nothing: a limit, not a competitor."""
 
     def __init__(self, name: str, compiled: bool = False) -> None:
         self.name = f"{name} compiled" if compiled else name
         self.compiled = compiled
 
     def refuses(self, case: Case) -> str | None:
-        # What a layer loses in a compiled graph is held against what this does.
+        # The cost of a compiled graph is compared with that of nn.Linear.
         if COMPILED.refuses(case) is None and self.name != "nothing":
             return None
-        one = case.shape.T == case.shape.B == 1 and not self.compiled
-        return None if one else "one step of one sequence, and nn.Linear where layers are compiled"
+        single_step = case.shape.T == case.shape.B == 1 and not self.compiled
+        return None if single_step else "measured on single steps, and beside compiled layers"
 
     def prepare(self, case: Case, problem: Problem, threads: int) -> Run:
         x, h = problem.x, problem.state[0]
@@ -525,7 +525,7 @@ class Floor:
 
 
 class Model(nn.Module):
-    """What a compiler has something to fuse in: a layer and what is usually around it."""
+    """A layer and what usually surrounds it, so that a compiler has something to fuse."""
 
     def __init__(self, layer: nn.Module, inputs: int, units: int) -> None:
         super().__init__()
@@ -541,7 +541,7 @@ class Model(nn.Module):
 
 
 class InModel:
-    """A training step of a model around our layer, or a linear one in its place."""
+    """A training step of a model with the fastrnn layer, or ``nn.Linear`` in its place."""
 
     def __init__(self, layer: str, compiled: bool = False) -> None:
         self.linear = layer == "nn.Linear"
@@ -565,21 +565,21 @@ class InModel:
 OURS = Module("fastrnn")
 TORCH = Module("torch.nn")
 COMPILED = Compiled()
-OURS_OTHERWISE = (Module("fastrnn", "numba"), COMPILED, Lengths())
-PEERS: tuple[Peer, ...] = (
+FASTRNN_VARIANTS = (Module("fastrnn", "numba"), COMPILED, Lengths())
+COMPETITORS: tuple[Competitor, ...] = (
     TORCH,
     OnnxRuntime(),
     OpenVino(),
     Jax(),
     CompiledLoop(),
-    *OURS_OTHERWISE,
+    *FASTRNN_VARIANTS,
 )
-GPU_PEERS: tuple[Peer, ...] = (TORCH, FlashRnn())
+GPU_COMPETITORS: tuple[Competitor, ...] = (TORCH, FlashRnn())
 FLOORS = (
     Floor("nothing"),
     *(
-        contestant(name, compiled)
-        for contestant, name in (
+        competitor(name, compiled)
+        for competitor, name in (
             (Floor, "nn.Linear"),
             (InModel, "fastrnn"),
             (InModel, "nn.Linear"),
@@ -589,26 +589,26 @@ FLOORS = (
 )
 
 
-# Relative to the norm, and to the largest element. Below float32 both sides round; on a GPU cuDNN
-# does in float32 too, in TF32.
+# Tolerances relative to the norm, and to the largest element. In 16 bits both sides round; on a GPU
+# cuDNN also rounds float32, to TF32.
 TF32 = (2e-3, 1e-2)
 CLOSE = {torch.float32: (1e-4, 1e-3), torch.float16: (2e-2, 5e-2), torch.bfloat16: (5e-2, 2e-1)}
 
 
-def check(peer: Peer, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Raise AssertionError if results are not torch.nn's: then there is nothing to time.
+def check(competitor: Competitor, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Raise AssertionError if the results differ from those of torch.nn.
 
-    Both the norm of the error and its largest element are looked at, relative to torch.nn's own.
+    Checks the norm of the error and its largest element, each relative to the torch.nn result.
     """
     norm, largest = CLOSE[expected[0].dtype]
     if expected[0].is_cuda and expected[0].dtype is torch.float32:
         norm, largest = TF32
     for k, (a, b) in enumerate(zip(got, expected, strict=True)):
-        assert a.shape == b.shape, f"{peer.name}: result {k} is {a.shape}, not {b.shape}"
+        assert a.shape == b.shape, f"{competitor.name}: result {k} is {a.shape}, not {b.shape}"
         a, b = a.float(), b.float()
         error = float((a - b).norm() / b.norm().clamp_min(1e-30))
-        assert error < norm, f"{peer.name}: result {k} differs from torch.nn's by {error:.1e}"
+        assert error < norm, f"{competitor.name}: result {k} differs from torch.nn's by {error:.1e}"
         worst = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
         assert worst < largest, (
-            f"{peer.name}: an element of {k} differs from torch.nn's by {worst:.1e}"
+            f"{competitor.name}: an element of {k} differs from torch.nn's by {worst:.1e}"
         )

@@ -1,4 +1,4 @@
-"""The table of cases that every benchmark walks, and the numbers that each works on."""
+"""The cases of every benchmark, and the tensors of each case."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: one forward pass, and in training a full backward pass too.
+    """One measurement: a forward pass, and in training also a full backward pass.
 
     Attributes:
-        packed: sequences of uniformly random lengths, at least one of T steps.
-        one_step: by the cell's own module, as ``nn.LSTMCell``; T is 1.
-        threads: None for as many as the run was told.
-        deterministic: under ``torch.use_deterministic_algorithms``, where a row of few costs more.
+        packed: sequences have uniformly random lengths, at least one of them T steps.
+        one_step: uses the cell module, such as ``nn.LSTMCell``; T is 1.
+        threads: None for the number of threads of the run.
+        deterministic: runs under ``torch.use_deterministic_algorithms``, where calls of few rows
+            cost more.
     """
 
     cell: str
@@ -65,7 +66,7 @@ class Case:
             "1 thread": self.threads == 1,
             "deterministic": self.deterministic,
         }
-        return ", ".join(name for name, has in names.items() if has)
+        return ", ".join(name for name, applies in names.items() if applies)
 
     def __str__(self) -> str:
         variant = f"-{self.variant}" if self.variant else ""
@@ -87,7 +88,7 @@ EVEN = (
     Shape(200, 128, 128, 128),
     Shape(1000, 8, 32, 32),
 )
-# Each beside the even neighbour whose throughput it is held against, in the same rounds.
+# Maps each odd shape to an even neighbour. Their throughput is compared in the same rounds.
 ODD = {
     Shape(37, 5, 48, 96): Shape(37, 6, 48, 96),
     Shape(80, 17, 40, 200): Shape(80, 18, 48, 208),
@@ -120,12 +121,12 @@ def cases() -> list[Case]:
 
 @dataclass
 class Problem:
-    """The numbers of a case: the same for everybody."""
+    """The tensors of a case, the same for every competitor."""
 
     module: nn.Module
-    x: Tensor  # [T, B, I]; of one step, [B, I]
-    state: tuple[Tensor, ...]  # [L*D, B, H] each; of one step, [B, H]
-    cotangent: Tensor  # of the output, [T, B, D*H]; of one step, [B, H]
+    x: Tensor  # [T, B, I]; for one step, [B, I]
+    state: tuple[Tensor, ...]  # [L*D, B, H] each; for one step, [B, H]
+    cotangent: Tensor  # gradient of the output, [T, B, D*H]; for one step, [B, H]
     lengths: Tensor | None
 
     @property
@@ -133,7 +134,7 @@ class Problem:
         return self.state if len(self.state) > 1 else self.state[0]
 
     def to(self, device: str, dtype: torch.dtype) -> Problem:
-        """A copy elsewhere; the lengths of a packed batch stay on the CPU."""
+        """A copy on another device; the lengths of a packed batch stay on the CPU."""
 
         def moved(t: Tensor) -> Tensor:
             return t.to(device, dtype, copy=True)
@@ -152,7 +153,7 @@ class Problem:
 
 
 def make(library: Any, case: Case) -> nn.Module:
-    """The module of a case, of a library with torch.nn's names."""
+    """The module of a case, from a library with the class names of torch.nn."""
     _, _, I, H = case.shape
     if case.one_step:
         return getattr(library, f"{case.cell}Cell")(I, H)
@@ -182,7 +183,7 @@ def problem(case: Case) -> Problem:
 
 
 def flops(case: Case) -> float:
-    """Of the products alone: what the arithmetic cannot do without."""
+    """Flops of the matrix products alone, the least that any implementation needs."""
     T, B, I, H = case.shape
     D = 2 if case.bidirectional else 1
     rows = float(T * B) if not case.packed else float(problem(case).lengths.sum())  # type: ignore[union-attr]
@@ -194,11 +195,11 @@ def flops(case: Case) -> float:
 
 
 def weight_bytes(case: Case) -> list[tuple[float, float]]:
-    """Of each layer the bytes of W_ih and of W_hh, all its directions together."""
+    """Bytes of W_ih and of W_hh for each layer, summed over its directions."""
     _, _, I, H = case.shape
     D = 2 if case.bidirectional else 1
-    rows = 4.0 * GATES[case.cell] * H * D
-    return [(rows * (D * H if layer else I), rows * H) for layer in range(case.layers)]
+    column = 4.0 * GATES[case.cell] * H * D
+    return [(column * (D * H if layer else I), column * H) for layer in range(case.layers)]
 
 
 def geometric_mean(values: Sequence[float]) -> float:
