@@ -192,11 +192,11 @@ build/probe: bench/probe.cpp
 
 sanitizers := -fsanitize=address,undefined -fno-sanitize-recover=all
 build/sanitized: setup.py $(filter-out csrc/selftest.cpp, $(csrc)) \
-		$(wildcard src/fastrnn/*.py src/fastrnn/backends/*.py) | $(VENV)/.torch
+		$(wildcard src/fastrnn/*.py src/fastrnn/*/*.py) | $(VENV)/.torch
 	rm -rf $@
 	FASTRNN_REQUIRE_CPP=1 FASTRNN_CXXFLAGS="-O1 -g $(sanitizers)" $(bin)/python setup.py --quiet build_ext --build-lib $@ \
 		--build-temp $@/objects --force
-	cp -r src/fastrnn/*.py src/fastrnn/backends $@/fastrnn
+	cp -r src/fastrnn/*.py src/fastrnn/*/ $@/fastrnn
 
 # The floating-point flags are those of setup.py.
 $(selftest): more := $(sanitizers) -Wno-unknown-pragmas
