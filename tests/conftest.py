@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-pytest.register_assert_rewrite("cases")
+pytest.register_assert_rewrite("support")
 
 
 def pytest_configure() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from cases import Case, data, evaluate, ours
+from support import Case, data, evaluate, ours
 from torch import Tensor
 
 from fastrnn.backends import cpp
@@ -65,7 +65,7 @@ def record() -> list[Call]:
         for layout, projected in (("dense", False), ("packed", False), ("dense", True)):
             if projected and not CELLS[mode].projectable:
                 continue
-            case = Case(mode, 2, 1, True, layout, projected, True, T=3, B=2, I=3, H=5)
+            case = Case(mode, directions=2, layout=layout, projected=projected, T=3, B=2, I=3, H=5)
             for dtype in (torch.float32, torch.float64):
                 if cpp.refuses(CELLS[mode], dtype, torch.device("cpu")):
                     continue

@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from cases import LAYERS, OPTIONS, Case, data, evaluate, ours, runnable, valid
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from support import LAYERS, OPTIONS, Case, data, evaluate, ours, runnable, valid
 
 import fastrnn
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from support import (
     LAYERS,
     STEPS,
     Case,

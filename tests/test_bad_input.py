@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, STEPS, runnable
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import LAYERS, STEPS, runnable
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils._pytree import tree_leaves

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, STEPS, layered
+from support import LAYERS, STEPS, layered
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, layered, run_python, said
+from support import LAYERS, layered, run_python, run_script
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
@@ -157,7 +157,7 @@ def test_environment_good() -> None:
     code = "import torch, fastrnn; m = fastrnn.LSTM(3, 4); x = torch.randn(5, 2, 3); m(x)\n"
     code += "print(fastrnn.explain(m, x))\n"
     code += "with fastrnn.use_backend(None): print(fastrnn.explain(m, x))"
-    for line in said(code, FASTRNN_BACKEND="reference").splitlines():
+    for line in run_script(code, FASTRNN_BACKEND="reference").splitlines():
         assert line.startswith("reference: asked for by FASTRNN_BACKEND;"), line
 
 
@@ -262,7 +262,7 @@ for dtype in (torch.float32, torch.bfloat16):
     m(x), fastrnn.explain(m, x)
 print({"triton", "numba"} & set(sys.modules))
 """
-    assert said(code) == "set()"
+    assert run_script(code) == "set()"
 
 
 # Refusals

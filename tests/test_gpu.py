@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, STEPS, Case, assert_equal, assert_near_in_norm, data, evaluate, ours
+from support import LAYERS, STEPS, Case, assert_equal, assert_near_in_norm, data, evaluate, ours
 from test_operators import ANY_SIZE, Calls
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -69,7 +69,7 @@ def judged(case: Case, dtype: torch.dtype, most: float) -> None:
 def test_every_row_of_the_table(mode: str, H: int, kind: tuple[torch.dtype, float]) -> None:
     if H == 1 and kind[1] > MOST["ieee", F32]:
         pytest.skip("a gradient of one element is a sum that may cancel")
-    judged(Case(mode, 2, 1, True, "dense", False, True, 4, 19, 48, H), *kind)
+    judged(Case(mode, directions=2, B=19, I=48, H=H), *kind)
 
 
 @pytest.mark.parametrize("H", (33, 256, 2048))
@@ -77,24 +77,34 @@ def test_every_row_of_the_table(mode: str, H: int, kind: tuple[torch.dtype, floa
 def test_packed_and_projected(
     layout: str, projected: bool, H: int, kind: tuple[torch.dtype, float]
 ) -> None:
-    judged(Case("LSTM", 2, 2, True, layout, projected, True, 5, 37, 17, H), *kind)
+    judged(
+        Case(
+            "LSTM", directions=2, layers=2, layout=layout, projected=projected, T=5, B=37, I=17, H=H
+        ),
+        *kind,
+    )
 
 
 @pytest.mark.parametrize("kind", [("ieee", F32)], indirect=True, ids=str)
 @pytest.mark.parametrize("H", (64, 512))
 def test_relu_without_bias(H: int, kind: tuple[torch.dtype, float]) -> None:
     """In TF32 the sign of a pre-activation near zero may be another."""
-    judged(Case("RNN_RELU", 1, 2, False, "batch_first", False, False, 5, 20, 17, H), *kind)
+    judged(
+        Case(
+            "RNN_RELU", layers=2, bias=False, layout="batch_first", hx=False, T=5, B=20, I=17, H=H
+        ),
+        *kind,
+    )
 
 
 @pytest.mark.parametrize("H", (128, 1024))
 def test_more_groups_than_run_at_once(H: int) -> None:
-    judged(Case("LSTM", 2, 1, True, "dense", False, True, 3, 16 * 150 + 3, 16, H), F32, 5e-3)
+    judged(Case("LSTM", directions=2, T=3, B=16 * 150 + 3, I=16, H=H), F32, 5e-3)
 
 
 @pytest.mark.parametrize("H", (64, 256, 2048))
 def test_backward_is_deterministic(H: int) -> None:
-    case = Case("GRU", 2, 1, True, "unsorted", False, True, 20, 100, 32, H)
+    case = Case("GRU", directions=2, layout="unsorted", T=20, B=100, I=32, H=H)
     d = data(case, F32).to(DEVICE)
     runs = [evaluate(ours(case, F32).to(DEVICE), case, d, "triton") for _ in range(3)]
     assert_equal(runs[0], runs[1])

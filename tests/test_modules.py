@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from support import (
     CASES,
     LAYERS,
     STEPS,
@@ -26,8 +26,8 @@ from cases import (
     data,
     evaluate,
     ours,
+    run_script,
     runnable,
-    said,
     theirs,
 )
 from torch import Tensor, nn
@@ -263,7 +263,7 @@ def test_state_dict_both_ways(mode: str, assign: bool) -> None:
 @pytest.mark.parametrize("p", [0.5, 1.0])
 def test_dropout_uses_the_generator_as_torch_does(mode: str, layout: str, p: float) -> None:
     B = 1 if layout == "unbatched" else 3
-    case = Case(mode, 2, 3, True, layout, False, True, T=4, B=B, I=5, H=6)
+    case = Case(mode, directions=2, layers=3, layout=layout, B=B)
     d = data(case, torch.float64)
     results, after = [], []
     for make in (ours, theirs):
@@ -693,7 +693,7 @@ def test_whole_modules_in_a_new_process(tmp_path: Path) -> None:
                 torch.testing.assert_close(leaves, expected[name])
         print("done")
     """
-    assert said(code, tmp_path) == "done"
+    assert run_script(code, tmp_path) == "done"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -950,7 +950,18 @@ def test_built_in_inference_mode_and_called_outside(mode: str, backend: str, fro
 
 def test_arguments_by_name() -> None:
     """Every keyword of a case is one that torch.nn takes."""
-    case = Case("LSTM", 2, 2, False, "batch_first", True, True, T=1, B=1, I=1, H=2)
+    case = Case(
+        "LSTM",
+        directions=2,
+        layers=2,
+        bias=False,
+        layout="batch_first",
+        projected=True,
+        T=1,
+        B=1,
+        I=1,
+        H=2,
+    )
     assert set(arguments(case)) <= set(nn.RNNBase.__init__.__code__.co_varnames)
     d = data(case, torch.float32)
     outputs = [call(m(case, torch.float32), case, d.x, None, d.hx) for m in (ours, theirs)]

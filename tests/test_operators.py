@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import LAYERS, STEPS, Case, assert_near, data, evaluate, layered, ours, run_python
+from support import LAYERS, STEPS, Case, assert_near, data, evaluate, layered, ours, run_python
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -615,7 +615,7 @@ def test_a_mode_sees_one_operator_a_layer() -> None:
 
 
 CHECKED = [
-    Case(mode, 2, 1, bias, layout, projected, hx, T=4, B=3, I=5, H=6)
+    Case(mode, directions=2, bias=bias, layout=layout, projected=projected, hx=hx)
     for mode, bias, layout, projected, hx in (
         ("RNN_TANH", True, "dense", False, True),
         ("RNN_RELU", False, "unsorted", False, False),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from cases import needs_extension, said
+from support import needs_extension, run_script
 
 import fastrnn
 from fastrnn.dispatch import BACKENDS
@@ -215,7 +215,7 @@ def test_import_costs_little_more_than_torch(tmp_path: Path) -> None:
         import fastrnn
         print(*set(sys.modules) - before)
     """
-    new = set(said(script, tmp_path).split())
+    new = set(run_script(script, tmp_path).split())
     slow = {
         "matplotlib",
         "numba",
@@ -240,7 +240,7 @@ def test_import_starts_no_thread(tmp_path: Path) -> None:
         fastrnn.LSTM(3, 4)
         print(len(os.listdir("/proc/self/task")) - before)
     """
-    assert said(script, tmp_path) == "0"
+    assert run_script(script, tmp_path) == "0"
 
 
 def test_a_second_process_does_not_compile(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_second_process_does_not_compile(tmp_path: Path) -> None:
                 hits += sum(function.cache_hits for function in cells.compiled(mode, element))
         print(hits)
     """
-    runs = [int(said(script, tmp_path, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2)]
+    runs = [int(run_script(script, tmp_path, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2)]
     assert runs == [0, 2 * (2 + 3 * 2)]
 
 
@@ -282,7 +282,9 @@ def test_processes_with_other_vectors_share_no_kernels(tmp_path: Path) -> None:
     """
     shared = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic"}
     old = "llvm.get_host_cpu_features = lambda: {}"
-    widths = [int(said(script.format(first=first), tmp_path, **shared)) for first in ("", old)]
+    widths = [
+        int(run_script(script.format(first=first), tmp_path, **shared)) for first in ("", old)
+    ]
     assert widths[1] == 16
 
 
@@ -290,7 +292,9 @@ def test_a_numba_that_does_not_work_is_said_to(tmp_path: Path) -> None:
     pytest.importorskip("numba")
     (tmp_path / "numba.py").write_text("raise ImportError('NumPy is too new')")
     script = "import runpy; runpy.run_module('fastrnn', run_name='__main__')"
-    found = said(f"import sys; sys.argv = ['fastrnn', 'info']; {script}", PYTHONPATH=str(tmp_path))
+    found = run_script(
+        f"import sys; sys.argv = ['fastrnn', 'info']; {script}", PYTHONPATH=str(tmp_path)
+    )
     assert re.search(r"^  numba +cannot run: .*NumPy is too new", found, re.MULTILINE), found
 
 

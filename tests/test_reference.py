@@ -7,7 +7,7 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from cases import (
+from support import (
     CASES,
     GRID,
     LAYERS,
@@ -98,7 +98,7 @@ def test_cell_is_torchs(mode: str, bias: bool, with_hx: bool, shape: tuple[int, 
 
 
 SMALL = [
-    Case(mode, directions, 1, True, layout, projected, True, T=3, B=2, I=2, H=2)
+    Case(mode, directions=directions, layout=layout, projected=projected, T=3, B=2, I=2, H=2)
     for mode, directions, layout, projected in product(
         CELLS, (1, 2), ("dense", "unsorted"), (False, True)
     )
@@ -129,7 +129,7 @@ def test_gradcheck(case: Case) -> None:
 
 @pytest.mark.parametrize("mode", CELLS)
 def test_gradcheck_of_a_step(mode: str) -> None:
-    case = Case(mode, 1, 1, True, "dense", False, True, T=1, B=2, I=3, H=2)
+    case = Case(mode, T=1, B=2, I=3, H=2)
     d = data(case, torch.float64)
     assert d.hx is not None
     leaves = [d.x[0], *(s[0] for s in d.hx), *ours(case, torch.float64).parameters()]
@@ -146,7 +146,7 @@ def test_gradcheck_of_a_step(mode: str) -> None:
 @pytest.mark.parametrize("mode", CELLS)
 def test_new_sizes_do_not_change_what_a_sequence_gives(mode: str) -> None:
     """A packed batch gives each sequence what it gets alone: the judge of cells torch lacks."""
-    case = Case(mode, 2, 2, True, "unsorted", False, True, T=5, B=4, I=3, H=6)
+    case = Case(mode, directions=2, layers=2, layout="unsorted", T=5, B=4, I=3)
     d = data(case, torch.float64)
     module = ours(case, torch.float64)
     assert d.lengths is not None and d.hx is not None

@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, Case, assert_equal, assert_near, data, evaluate, ours, runnable, said
+from support import (
+    LAYERS,
+    Case,
+    assert_equal,
+    assert_near,
+    data,
+    evaluate,
+    ours,
+    run_script,
+    runnable,
+)
 
 import fastrnn
 from fastrnn.cells import CELLS
@@ -114,7 +124,7 @@ def test_set_num_threads_is_obeyed(
         from fastrnn.kernels.numba import launch
 
         monkeypatch.setattr(launch, "WORTH_A_THREAD", 1)
-    case = Case(mode, 2, 2, True, "unsorted", False, True, T=12, B=20, I=30, H=70)
+    case = Case(mode, directions=2, layers=2, layout="unsorted", T=12, B=20, I=30, H=70)
     d, m = data(case, torch.float32), ours(case, torch.float32)
     results = []
     for n in (1, 2, 1):
@@ -147,7 +157,7 @@ print(threads() - before)
 def test_no_more_threads_are_started_than_torch_may_use(n: int, backend: str) -> None:
     # Numba's kernels have a pool of their own beside that of torch's products.
     most = (n - 1) * (2 if backend == "numba" else 1)
-    assert int(said(COUNT_THREADS.format(n=n, backend=backend))) <= most
+    assert int(run_script(COUNT_THREADS.format(n=n, backend=backend))) <= most
 
 
 KEEP_CORES = """
@@ -166,7 +176,7 @@ print("kept")
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
 def test_threads_keep_the_cores_they_may_run_on() -> None:
-    assert said(KEEP_CORES) == "kept"
+    assert run_script(KEEP_CORES) == "kept"
 
 
 @needs_numba
@@ -310,7 +320,7 @@ print("done")
 )
 @pytest.mark.parametrize("cls", ["LSTM", "GRU"])
 def test_a_forked_child_runs_layers(backend: str, cls: str, prepare: str) -> None:
-    assert said(FORKED.format(cls=cls, prepare=prepare, backend=backend)) == "done"
+    assert run_script(FORKED.format(cls=cls, prepare=prepare, backend=backend)) == "done"
 
 
 FORKED_AFTER_TORCH = """
@@ -337,7 +347,7 @@ print("done")
 @pytest.mark.parametrize("backend", [*runnable(), "torch"])
 @pytest.mark.parametrize("cls", ["LSTM", "GRU"])
 def test_a_child_of_a_process_that_used_torch_only(backend: str, cls: str) -> None:
-    assert said(FORKED_AFTER_TORCH.format(cls=cls, backend=backend)) == "done"
+    assert run_script(FORKED_AFTER_TORCH.format(cls=cls, backend=backend)) == "done"
 
 
 LOADER = """
@@ -361,7 +371,7 @@ print("done")
 
 @fast
 def test_a_data_loader_runs_layers_in_its_workers(backend: str) -> None:
-    assert said(LOADER.format(backend=backend)) == "done"
+    assert run_script(LOADER.format(backend=backend)) == "done"
 
 
 # Cores
@@ -386,7 +396,7 @@ print("done")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
 @pytest.mark.parametrize("first", ["", "fastrnn.LSTM(64, 64)(torch.randn(30, 32, 64))"])
 def test_two_threads_on_one_core_do_not_hang(backend: str, first: str) -> None:
-    assert said(PINNED.format(first=first, backend=backend)) == "done"
+    assert run_script(PINNED.format(first=first, backend=backend)) == "done"
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -431,12 +441,12 @@ for _ in range(30):
 print(pages() - before)
 """
     # One step keeps 10 MB for its backward: 30 that were never given back would be 300.
-    assert int(said(code)) < 50e6
+    assert int(run_script(code)) < 50e6
 
 
 @fast
 def test_exceptions_leave_the_engine_usable(backend: str) -> None:
-    case = Case("LSTM", 2, 1, True, "dense", False, True, T=3, B=4, I=5, H=6)
+    case = Case("LSTM", directions=2, T=3, B=4)
     d, m = data(case, torch.float32), ours(case, torch.float32)
     expected = evaluate(m, case, d, backend)
     cpp: Any = load(backend)
@@ -467,4 +477,4 @@ m(torch.randn(100, 64, 64))[0].sum().backward()
 """
     if not os.path.exists("/proc/self/status"):
         pytest.skip("reads /proc")
-    said(code)
+    run_script(code)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, STEPS, Case, call, data, layered, ours, theirs
+from support import LAYERS, STEPS, Case, call, data, layered, ours, theirs
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -73,7 +73,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 def small(mode: str, layout: str = "dense", **changes: Any) -> Case:
     projected = CELLS[mode].projectable
     sizes = {"T": 3, "B": 2, "I": 3, "H": 4} | changes
-    return Case(mode, 2, 2, True, layout, projected, True, **sizes)
+    return Case(mode, directions=2, layers=2, layout=layout, projected=projected, **sizes)
 
 
 TRANSFORMS: dict[str, Callable[[Problem], Any]] = {
@@ -201,7 +201,7 @@ def test_vmap_over_nothing() -> None:
 
 
 CHECKED = [
-    Case(mode, directions, 1, True, layout, projected, True, T=3, B=2, I=2, H=2)
+    Case(mode, directions=directions, layout=layout, projected=projected, T=3, B=2, I=2, H=2)
     for mode, directions, layout, projected in product(
         MODES, (1, 2), ("dense", "unsorted"), (False, True)
     )

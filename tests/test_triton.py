@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from support import (
     OPTIONS,
     TOLERANCE,
     Case,
@@ -107,7 +107,7 @@ def test_layer(plan: str, dtype: torch.dtype, case: Case, planned: Any) -> None:
 @pytest.mark.parametrize("mode,projected", [*((m, False) for m in plans.MODES), ("LSTM", True)])
 def test_every_cell_by_every_plan(mode: str, projected: bool, plan: str, planned: Any) -> None:
     planned(SPLIT[plan])
-    case = Case(mode, 2, 1, True, "packed", projected, True, 3, 3, 5, 33)
+    case = Case(mode, directions=2, layout="packed", projected=projected, T=3, H=33)
     d, module = data(case, F32), ours(case, F32)
     actual = evaluate(module, case, d, "triton")
     expected = evaluate(module.double(), case, d.to(F64), "reference")
@@ -119,7 +119,7 @@ def test_every_cell_by_every_plan(mode: str, projected: bool, plan: str, planned
 def test_relu_in_16_bits(plan: str, dtype: torch.dtype, planned: Any) -> None:
     """From a state and weights that leave no pre-activation near zero, whose sign could differ."""
     planned(SPLIT[plan])
-    case = Case("RNN_RELU", 2, 1, True, "packed", False, True, 5, 5, 7, 33)
+    case = Case("RNN_RELU", directions=2, layout="packed", T=5, B=5, I=7, H=33)
     d, module = data(case, dtype), ours(case, dtype)
     for name, p in module.named_parameters():
         sign = torch.arange(len(p)).remainder(3).sub(1).sign() + 0.5
@@ -160,7 +160,7 @@ def test_an_empty_batch(planned: Any) -> None:
 
 def test_backward_is_deterministic(planned: Any) -> None:
     planned(SPLIT["streaming"])
-    case = Case("LSTM", 2, 1, True, "unsorted", True, True, 4, 19, 5, 33)
+    case = Case("LSTM", directions=2, layout="unsorted", projected=True, B=19, H=33)
     runs = [evaluate(ours(case, F32), case, data(case, F32), "triton") for _ in range(2)]
     assert_equal(*runs)
 
@@ -185,7 +185,7 @@ def test_infinite_numbers_at_odd_sizes(
 ) -> None:
     """An infinite number times a weight that is not there is nothing, forward and in reverse."""
     planned(SPLIT[plan])
-    case = Case(mode, 1, 1, True, "dense", projected, False, 4, 3, 3, H)
+    case = Case(mode, projected=projected, hx=False, I=3, H=H)
     d, module = data(case, F32), ours(case, F32)
     for p in module.parameters():
         p.data.abs_()
@@ -273,7 +273,7 @@ def apart(
     mode: str, run: Any, monkeypatch: pytest.MonkeyPatch, projected: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs and gradients of a layer in several programs, and the reference's."""
-    case = Case(mode, 2, 1, True, "packed", projected, True, 4, 3, 5, 33)
+    case = Case(mode, directions=2, layout="packed", projected=projected, H=33)
     found = Plans(resident(16, 32, 1, 4), resident(16, 16, 2, 4))
     monkeypatch.setattr(plans, "find", lambda *_: found)
     monkeypatch.setattr(launch, "INTERPRETED", False)
@@ -300,7 +300,7 @@ def test_programs_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     """More groups than fit at once run one after another, and more programs step by step."""
-    case = Case("GRU", 2, 1, True, "dense", False, True, 3, 40, 5, 33)
+    case = Case("GRU", directions=2, T=3, B=40, H=33)
     found = Plans(resident(16, 32, 1, 4), resident(16, 16, 2, 4))
     monkeypatch.setattr(launch, "INTERPRETED", False)
     for at_once, grids in ((3, {(3, 1)}), (7, {(3, 2)}), (100, {(3, 6)}), (2, {(3, 6)})):
@@ -338,7 +338,7 @@ def test_a_kernel_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launch, "run", run)
     for projected in (False, True):
-        case = Case("LSTM", 2, 1, True, "packed", projected, True, 4, 3, 5, 33)
+        case = Case("LSTM", directions=2, layout="packed", projected=projected, H=33)
         d, module = data(case, F32), ours(case, F32)
         with pytest.warns(RuntimeWarning, match=r"plan program\(8\) that this device cannot run"):
             actual = evaluate(module, case, d, "triton")

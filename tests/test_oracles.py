@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from support import (
     LAYERS,
     Case,
     Results,
@@ -19,8 +21,6 @@ from cases import (
     theirs,
     valid,
 )
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
