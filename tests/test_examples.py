@@ -1,4 +1,4 @@
-"""The example programs: they run, they resume exactly, and they say what is wrong."""
+"""The example programs: they run, they learn, they resume exactly, and they report errors."""
 
 import importlib.util
 import math
@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 CHAR_LM = EXAMPLES / "char_lm.py"
 SMALL = ["--hidden", "12", "--embedding", "6", "--batch-size", "4", "--seq-len", "10"]
 
-# As if they were run: what they share lies beside them.
+# As when they are run: the modules that they share are beside them.
 sys.path.insert(0, str(EXAMPLES))
 import abc_notation  # noqa: E402
 import char_lm  # noqa: E402
@@ -40,7 +40,12 @@ from processes import Processes  # noqa: E402
 music = pytest.mark.skipif(
     importlib.util.find_spec("music21") is None, reason="the tunes need the extra fastrnn[examples]"
 )
-CELLS = pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+
+
+def cells(quick, others=("rnn", "gru", "lstm")):
+    """One cell in every run, since the program is the same for all. The others are heavy."""
+    params = [quick, *(pytest.param(c, marks=pytest.mark.heavy) for c in others if c != quick)]
+    return pytest.mark.parametrize("cell", params)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +78,7 @@ def losses(checkpoint, backend):
     return torch.load(checkpoint, weights_only=True)["runs"][backend]["losses"]
 
 
-@CELLS
+@cells("lstm")
 def test_char_lm_trains_and_compares_both(cell, text, tmp_path):
     plot, checkpoint = tmp_path / "curves.png", tmp_path / "model.pt"
     paths = ["--plot", plot, "--checkpoint", checkpoint]
@@ -91,7 +96,7 @@ def test_char_lm_trains_and_compares_both(cell, text, tmp_path):
         assert curve[-1] < curve[0]
 
 
-@CELLS
+@cells("gru")
 def test_char_lm_learns(cell, tmp_path, capsys):
     """More than how often each character occurs."""
     path = tmp_path / "text.txt"
@@ -333,7 +338,7 @@ def test_char_lm_says_which_extra_is_missing(monkeypatch):
         run("--backend", "torch")
 
 
-@CELLS
+@cells("rnn")
 def test_forecast_beats_the_naive_forecast(cell, tmp_path, capsys):
     plot = tmp_path / "forecast.png"
     run_forecast("--cell", cell, "--hidden", "16", "--steps", "200", "--plot", plot)
@@ -507,7 +512,7 @@ def rows(out):
     return dict(list(found.items())[:3])
 
 
-@CELLS
+@cells("lstm")
 def test_classify_learns_sentiment(cell, capsys):
     size = ["--hidden", "16", "--embedding", "16", "--dropout", "0.2", "--lr", "0.005"]
     classify.main(["--cell", cell, "--steps", "400", *size])
@@ -540,7 +545,7 @@ def write_dna(path, texts, classes, name="DNA"):
     pyreadr.write_rdata(str(path), frame, df_name=name)
 
 
-@CELLS
+@cells("gru")
 def test_classify_learns_dna_whose_order_decides(cell, tmp_path, capsys):
     """Which of three motifs of the same bases is in the middle."""
     draw, path = random.Random(0), tmp_path / "DNA.rda"
@@ -594,7 +599,7 @@ def layer(name):
     return getattr(fastrnn, name)
 
 
-@CELLS
+@cells("rnn")
 def test_tag_learns(cell, capsys):
     tag.main(
         ["--cell", cell, "--hidden", "24", "--embedding", "24", "--steps", "300", "--lr", "0.01"]
@@ -620,7 +625,7 @@ def test_tag_does_not_see_what_is_padded():
     assert torch.allclose(batches.loss(model, [batches.encode(u) for u in utterances]), mean)
 
 
-@CELLS
+@cells("lstm")
 def test_translate_learns(cell, tmp_path, capsys):
     path = tmp_path / "m.pt"
     size = ["--hidden", "64", "--embedding", "32", "--dropout", "0.1", "--lr", "0.005"]
@@ -764,7 +769,7 @@ def test_melody_composes_from_key_and_first_note(few):
 
 
 @music
-@CELLS
+@cells("gru")
 def test_melody_learns(cell, capsys):
     size = ["--hidden", "48", "--embedding", "24", "--dropout", "0.1", "--lr", "0.01"]
     melody.main(["--cell", cell, *size, "--steps", "150", "--batch-size", "16"])
@@ -786,7 +791,7 @@ def test_melody_says_which_extra_is_missing(monkeypatch):
         melody.main(["--steps", "1"])
 
 
-@CELLS
+@cells("lstm")
 def test_one_step_is_a_plain_network(cell, capsys):
     one_step.main(["--cell", cell, "--hidden", "16", "--steps", "300"])
     out = capsys.readouterr().out
