@@ -26,7 +26,7 @@ if os.environ.get("FASTRNN_TEST_GPU") != "1" or not torch.cuda.is_available():
 DEVICE = "cuda"
 F32, F64 = torch.float32, torch.float64
 # How far every result may be from the reference in float64, in the norm.
-MOST = {
+MAX_ERROR = {
     ("ieee", F32): 1e-5,
     ("tf32", F32): 5e-3,
     ("ieee", torch.float16): 5e-3,
@@ -49,11 +49,11 @@ def products(precision: str) -> Iterator[None]:
             b.allow_tf32 = allowed
 
 
-@pytest.fixture(params=MOST, ids=lambda key: f"{key[0]}-{key[1]}")
+@pytest.fixture(params=MAX_ERROR, ids=lambda key: f"{key[0]}-{key[1]}")
 def kind(request: pytest.FixtureRequest) -> Iterator[tuple[torch.dtype, float]]:
     """A dtype and how far results may be off, with products that are so exact."""
     with products(request.param[0]):
-        yield request.param[1], MOST[request.param]
+        yield request.param[1], MAX_ERROR[request.param]
 
 
 def judged(case: Case, dtype: torch.dtype, most: float) -> None:
@@ -67,7 +67,7 @@ def judged(case: Case, dtype: torch.dtype, most: float) -> None:
 @pytest.mark.parametrize("H", HIDDEN)
 @pytest.mark.parametrize("mode", ("RNN_TANH", "GRU", "LSTM"))
 def test_every_row_of_the_table(mode: str, H: int, kind: tuple[torch.dtype, float]) -> None:
-    if H == 1 and kind[1] > MOST["ieee", F32]:
+    if H == 1 and kind[1] > MAX_ERROR["ieee", F32]:
         pytest.skip("a gradient of one element is a sum that may cancel")
     judged(Case(mode, directions=2, B=19, I=48, H=H), *kind)
 

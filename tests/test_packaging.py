@@ -1,4 +1,4 @@
-"""What is shipped, what it links to, and which part may import which.
+"""The shipped files, what they link to, and which part may import which.
 
 The tests also run against an installed wheel. Those that read the source tree are skipped where
 there is none beside the tests.
@@ -8,8 +8,10 @@ import ast
 import doctest
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -37,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "fastrnn"
 KERNELS = ROOT / "kernels"
 
-# From the top down. A part imports only itself and what stands below it; `fastrnn/__init__.py` may
+# From the top down. A part imports only itself and the parts below it; `fastrnn/__init__.py` may
 # import anything.
 LAYERS = [
     "__main__",
@@ -59,7 +61,7 @@ LAYERS = [
     "_cpp",
 ]
 
-# What a part may import besides the standard library, where that is not torch alone.
+# The packages that a part may import besides the standard library, where not torch alone.
 THIRD_PARTY = {
     "__main__": {"torch", "rich"},
     "diagnostics": {"torch", "matplotlib"},
@@ -131,10 +133,21 @@ def test_examples_in_docstrings(name: str) -> None:
     assert found.attempted and not found.failed
 
 
-def test_all_that_is_public_is_documented() -> None:
-    for name in fastrnn.__all__:
-        thing = vars(fastrnn)[name]
-        assert thing.__doc__, name  # its own, not inherited
+def test_public_names_are_documented() -> None:
+    """Each class and function by itself, and each parameter of a function by its name."""
+    modules = [fastrnn, *filter(inspect.ismodule, map(vars(fastrnn).get, fastrnn.__all__))]
+    assert len(modules) > 1
+    for module in modules:
+        for name in module.__all__:
+            thing = vars(module)[name]
+            if not isinstance(thing, type) and not inspect.isfunction(thing):
+                assert inspect.ismodule(thing) and thing.__doc__, name
+                continue
+            text = vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__
+            assert text and len(text.split()) > 5, name
+            if inspect.isfunction(thing):
+                for parameter in inspect.signature(thing).parameters:
+                    assert re.search(rf"\b{parameter}\b", text), f"{name}: {parameter}"
 
 
 @needs_tree
@@ -158,7 +171,7 @@ def test_imports_point_down_only() -> None:
 
 @needs_tree
 def test_backends_are_imported_lazily() -> None:
-    """`fastrnn.backends` itself only says what a backend is."""
+    """`fastrnn.backends` itself only defines the protocol."""
     backends = re.compile(r"fastrnn\.(backends\.\w+|kernels\b.*|_cpp)")
     wrong = [
         f"{place}: imports {found.name} with the module"
@@ -288,7 +301,7 @@ def test_processes_with_other_vectors_share_no_kernels(tmp_path: Path) -> None:
     assert widths[1] == 16
 
 
-def test_a_numba_that_does_not_work_is_said_to(tmp_path: Path) -> None:
+def test_info_reports_a_broken_numba(tmp_path: Path) -> None:
     pytest.importorskip("numba")
     (tmp_path / "numba.py").write_text("raise ImportError('NumPy is too new')")
     script = "import runpy; runpy.run_module('fastrnn', run_name='__main__')"
@@ -298,21 +311,34 @@ def test_a_numba_that_does_not_work_is_said_to(tmp_path: Path) -> None:
     assert re.search(r"^  numba +cannot run: .*NumPy is too new", found, re.MULTILINE), found
 
 
-def test_info_says_what_runs_here(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastrnn", "info"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """The output of `python -m fastrnn`."""
+    monkeypatch.setattr(sys, "argv", ["fastrnn", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("fastrnn", run_name="__main__")
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+def test_info_reports_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = printed(monkeypatch, capsys, "info")
     for word in ("fastrnn", "python", "torch", "processor", "threads", "OpenMP", *BACKENDS):
-        assert re.search(rf"^ *{word} ", said, re.MULTILINE), said
-    assert fastrnn.__version__ in said and str(Path(fastrnn.__file__).parent) in said
+        assert re.search(rf"^ *{word} ", info, re.MULTILINE), info
+    assert fastrnn.__version__ in info and str(Path(fastrnn.__file__).parent) in info
 
 
 @needs_tree
-def test_tables_in_the_documents_are_what_is_printed(tmp_path: Path) -> None:
+def test_tables_in_the_documents_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("triton", "3.6")
-    command = [sys.executable, "-m", "fastrnn", "aot", "--paper"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     document = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    assert f"<!-- paper -->\n{run.stdout}<!-- /paper -->" in document
+    table = printed(monkeypatch, capsys, "aot", "--paper")
+    assert f"<!-- paper -->\n{table}<!-- /paper -->" in document
     command = [sys.executable, str(ROOT / "bench" / "graphs.py"), "docs/benchmarks/h200.json"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"<!-- h200 -->\n{run.stdout}<!-- /h200 -->" in document
@@ -339,7 +365,7 @@ BUILD = """
 def test_a_build_without_the_extension(
     changed: dict[str, Any], environment: dict[str, str], why: str
 ) -> None:
-    """It goes on, and says what is missing; unless the extension is required."""
+    """The build continues and reports the reason, unless the extension is required."""
     pytest.importorskip("pybind11")
     for required in (False, True):
         run = subprocess.run(
