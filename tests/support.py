@@ -1,8 +1,8 @@
 """The cases that every backend runs, the tolerances, and the reference results.
 
 ``CASES`` is for every run: a small set in which each value of each factor occurs together with each
-value of each other factor. ``GRID`` is the full product of the options over a short list of sizes,
-and belongs to the tests marked ``heavy``. New cells and backends are found through
+value of each other factor. ``grid`` is the full product of the options, at each of a few sizes in
+the tests marked ``heavy``. New cells and backends are found through
 ``fastrnn.cells.CELLS`` and ``fastrnn.dispatch.BACKENDS``.
 """
 
@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache, partial
 from itertools import combinations, product
@@ -173,12 +173,26 @@ def cover(
 
 
 CASES = [Case(**values) for values in cover({**OPTIONS, **SIZES}, valid)]
-GRID = [
-    Case(**values)
-    for options in product(*OPTIONS.values())
-    for sizes in GRID_SIZES
-    if valid(values := dict(zip((*OPTIONS, *SIZES), (*options, *sizes), strict=True)))
-]
+
+
+def grid(mode: str, sizes: tuple[int, ...]) -> Iterator[Case]:
+    """Every combination of the options of a cell, at one of ``GRID_SIZES``."""
+    fixed = dict(zip(SIZES, sizes, strict=True)) | {"mode": mode}
+    options = {name: values for name, values in OPTIONS.items() if name != "mode"}
+    for chosen in product(*options.values()):
+        values = fixed | dict(zip(options, chosen, strict=True))
+        if valid(values):
+            yield Case(**values)
+
+
+@contextmanager
+def naming(case: Case) -> Iterator[None]:
+    """Name the case in a failure, for tests that run several."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{case}: {error}") from error
+
 
 # The modes of torch.nn: our class and theirs. A new cell has neither.
 LAYERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import (
     CASES,
-    GRID,
+    GRID_SIZES,
     LAYERS,
     STEPS,
     Case,
@@ -26,6 +26,8 @@ from support import (
     data,
     errors,
     evaluate,
+    grid,
+    naming,
     needs_extension,
     ours,
     output_names,
@@ -197,9 +199,14 @@ def test_stack(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.heavy
 @fast
 @dtypes
-@pytest.mark.parametrize("case", GRID, ids=str)
-def test_layer_grid(case: Case, backend: str, dtype: torch.dtype) -> None:
-    assert_matches_reference(case, backend, dtype)
+@modes
+@pytest.mark.parametrize("sizes", GRID_SIZES, ids=str)
+def test_layer_grid(
+    mode: str, sizes: tuple[int, int, int, int], backend: str, dtype: torch.dtype
+) -> None:
+    for case in grid(mode, sizes):
+        with naming(case):
+            assert_matches_reference(case, backend, dtype)
 
 
 @fast
@@ -401,7 +408,8 @@ def test_every_hidden_size_and_batch(mode: str, backend: str, dtype: torch.dtype
             if every_pair or (k + B) % 4 == 0:
                 layout = "packed" if (B + H) % 2 else "dense"
                 case = Case(mode, directions=2, layout=layout, T=2, B=B, I=2, H=H)
-                assert_matches_reference(case, backend, dtype)
+                with naming(case):
+                    assert_matches_reference(case, backend, dtype)
 
 
 @fast
