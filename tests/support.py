@@ -52,8 +52,8 @@ class Tolerance:
     atol: float
 
 
-# Another order of summation and, in float32, activations good to 1e-7; over up to 130 products, 20
-# steps and 2 layers.
+# Room for another order of summation and, in float32, for activations good to 1e-7, over up to 130
+# products, 20 steps and 2 layers.
 TOLERANCE = {
     torch.float64: Tolerance(rtol=1e-10, atol=1e-13),
     torch.float32: Tolerance(rtol=4e-6, atol=4e-6),
@@ -301,7 +301,7 @@ def data(case: Case, dtype: torch.dtype, seed: int = 2) -> Data:
 
 
 def shaped(case: Case, sequence: Tensor) -> Tensor:
-    """A sequence ``[T, B, *]`` as the module of this case takes and gives it."""
+    """A sequence ``[T, B, *]`` in the layout of this case."""
     if case.layout == "unbatched":
         return sequence.squeeze(1)
     return sequence.transpose(0, 1).contiguous() if case.layout == "batch_first" else sequence
@@ -310,7 +310,7 @@ def shaped(case: Case, sequence: Tensor) -> Tensor:
 def call(
     module: nn.Module, case: Case, x: Tensor, lengths: Tensor | None, hx: Any
 ) -> tuple[Tensor, ...]:
-    """The output, padded if it comes packed, and the final states."""
+    """The output, padded where it is packed, and the final states."""
     input = x
     if lengths is not None:
         input = pack_padded_sequence(x, lengths, enforce_sorted=case.layout == "packed")

@@ -457,7 +457,7 @@ def test_an_edit_before_backward_is_noticed(name: str) -> None:
     case = small("LSTM", layers=1, directions=1, projected=True)
     d = data(case, F64)
     m = ours(case, F64)
-    # Through an operator, so that the edit is not one of a leaf.
+    # The result of an operator, since a leaf cannot be edited.
     x, h, c = (t.requires_grad_() * 1 for t in (d.x, *d.hx))
     output, _ = m(x, (h, c))
     tensors = {"input": x, "h_0": h, "c_0": c, **dict(m.named_parameters())}
@@ -496,7 +496,7 @@ def test_batched_gradients_are_refused() -> None:
 
 
 def test_a_choice_of_backend_is_not_part_of_the_graph() -> None:
-    """The rest of the graph may run on any other."""
+    """The rest of the graph may run on any other backend."""
     a, b = fastrnn.GRU(3, 4, dtype=F64), fastrnn.GRU(4, 4, dtype=F64)
     x = torch.randn(5, 2, 3, dtype=F64)
     grads = []

@@ -1,4 +1,4 @@
-"""Every backend against the reference in float64, and what each promises besides."""
+"""Every backend against the reference in float64, and the other guarantees of each."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ modes = pytest.mark.parametrize("mode", CELLS)
 
 @needs_extension
 def test_cpp_is_here() -> None:
-    """Else the tests below would all be left out, unnoticed."""
+    """Without it most tests below would be left out unnoticed."""
     assert load("cpp").missing() is None
 
 
@@ -87,7 +87,7 @@ def test_layer(case: Case, backend: str, dtype: torch.dtype) -> None:
     assert_matches_reference(case, backend, dtype)
 
 
-# Where the C++ engine packs no weights unless it is deterministic, as in all other tests.
+# Too few rows for the C++ engine to pack weights, unless it is deterministic as in other tests.
 FEW_ROWS = [case for case in CASES if case.T * case.B < 16]
 
 
@@ -123,7 +123,7 @@ def test_a_row_is_the_same_in_any_batch(
     set_threads: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit, with any number of threads: with 16 rows or more, or if deterministic."""
+    """Bit for bit, with any number of threads, for 16 rows or more or if deterministic."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     T, max_B = (2, 40) if deterministic else (16, 40)
     case = Case(mode, directions=directions, projected=projected, T=T, B=max_B, I=I, H=H)
@@ -289,7 +289,7 @@ def test_16_bits_are_as_accurate_as_torch(
 @half_dtypes
 @pytest.mark.parametrize("mode", LAYERS)
 def test_autocast(mode: str, dtype: torch.dtype, backend: str) -> None:
-    """Layers and cells run in its dtype, whatever they are called with; float64 stays."""
+    """Layers and cells run in autocast's dtype, whatever their input's; float64 stays."""
     for make, shape in ((LAYERS[mode][0], (5, 2, 3)), (STEPS[mode][0], (2, 3))):
         torch.manual_seed(0)
         m, x = make(3, 4), torch.randn(shape)
@@ -330,7 +330,7 @@ def test_5000_steps(mode: str, backend: str) -> None:
         torch.testing.assert_close(actual[name], e, rtol=1e-9, atol=1e-10 * e.abs().max().item())
 
 
-# The same call in other circumstances
+# The same call under other conditions
 
 
 @fast
@@ -430,7 +430,7 @@ def test_a_view_gives_what_its_copy_gives(mode: str, backend: str) -> None:
     assert_equal(evaluate(m, case, d, backend), expected)
 
 
-# The edges of the numbers
+# Infinities, NaN, denormals
 
 
 def outputs(m: torch.nn.Module, x: Tensor, backend: str) -> Results:
@@ -465,7 +465,7 @@ def test_extreme_inputs(
 @dtypes
 @modes
 def test_an_infinite_gradient(mode: str, backend: str, dtype: torch.dtype) -> None:
-    """With weights that are not negative it stays infinite, and is nowhere multiplied by zero."""
+    """With weights that are not negative it stays infinite, and is never multiplied by zero."""
     case = Case(mode, hx=False, T=3, H=20)
     d, m = data(case, dtype), ours(case, dtype)
     for p in m.parameters():
@@ -495,7 +495,7 @@ def test_tensors_of_another_default_device(layout: str, backend: str) -> None:
 def test_numba_writes_within_its_tensors(
     mode: str, layout: str, T: int, B: int, H: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its kernels know addresses only: each tensor made for them stands between guards here."""
+    """Its kernels get addresses only, so each tensor made for them stands between guards."""
     if load("numba").refuses(CELLS[mode], F32, torch.device("cpu")):
         pytest.skip("there is no kernel for the cell")
     guarded: list[Tensor] = []
@@ -580,8 +580,8 @@ def test_activations_over_the_whole_range(mode: str, backend: str, dtype: torch.
             p.fill_(1.0 if p.dim() == 2 else 0.0)
     actual = outputs(m, x, backend)
     for name, e in outputs(copy.deepcopy(m).double(), x.double(), "reference").items():
-        # A GRU's (1 - z) loses all digits near z = 1. Of the others only what is next to the
-        # smallest number there is may be off: the engine's exp stops short of where it underflows.
+        # A GRU's (1 - z) loses all digits near z = 1. In the other cells only results next to the
+        # smallest number may be off: the engine's exp stops short of its underflow.
         atol = eps if mode == "GRU" else below
         close = (actual[name].double() - e).abs() <= 4 * eps * e.abs() + atol
         assert close.all(), (name, x[~close])

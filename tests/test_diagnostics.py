@@ -1,4 +1,4 @@
-"""The gradient at each step against a loop over a cell that keeps every state."""
+"""The gradient at each step, against a loop over a cell that keeps every state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def by_a_loop(m: Any, mode: str, x: Tensor, hx: list[Tensor]) -> tuple[list[list
             state = state if len(state) > 1 else state[0]
             states: list[Any] = [None] * T
             for t in range(T) if d == 0 else reversed(range(T)):
-                state = tree_map(lambda s: 1 * s, cell(x[t], state))  # c apart from h's way to it
+                state = tree_map(lambda s: 1 * s, cell(x[t], state))  # c apart from h's path
                 for s in tree_leaves(state):
                     s.requires_grad_().retain_grad()
                 states[t] = state

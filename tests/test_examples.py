@@ -98,7 +98,7 @@ def test_char_lm_trains_and_compares_both(cell, text, tmp_path):
 
 @cells("gru")
 def test_char_lm_learns(cell, tmp_path, capsys):
-    """More than how often each character occurs."""
+    """More than the frequency of each character."""
     path = tmp_path / "text.txt"
     path.write_text(char_lm.BOOK.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
     size = ["--hidden", "48", "--embedding", "16", "--batch-size", "16", "--seq-len", "32"]
@@ -229,7 +229,7 @@ def torchrun(*args):
         False,
         pytest.param(
             True,
-            # torch 2.6's asks a CPU for events.
+            # FSDP in torch 2.6 needs CPU events.
             marks=pytest.mark.skipif(not version_from(2, 7), reason="needs torch 2.7"),
         ),
     ],
@@ -354,7 +354,7 @@ def run_forecast(*args):
 
 
 def test_forecast_knows_only_the_past():
-    """A forecast does not change with the years after it, nor does what it learns from."""
+    """A forecast does not depend on the years after it, nor do its training data."""
     series = forecast.Series(forecast.SERIES)
     model = forecast.Forecaster(torch.nn.GRU, 5)
     before = forecast.forecasts(model, series, 4)
@@ -479,7 +479,7 @@ PROGRAMS = [pytest.param(p, marks=[music] if p is melody else []) for p in SMALL
 
 @pytest.fixture
 def few(monkeypatch):
-    """Of each data set a part, so that programs that only have to run, run quickly."""
+    """A part of each data set, for programs that only have to run."""
     for module, name in ((classify, "read_lines"), (tag, "read_lines"), (translate, "read_lines")):
         monkeypatch.setattr(module, name, lambda path: sequences.read_lines(path)[:600])
     monkeypatch.setattr(melody, "BOOKS", ["airdsAirs"])
@@ -503,7 +503,7 @@ def test_programs_resume_exactly(program, few, tmp_path, monkeypatch):
 
 
 def rows(out):
-    """Of a printed table of three rows the share at the end of each, by what is before it."""
+    """A printed table of three rows: the share at the end of each, by the name before it."""
     found = {}
     for line in out.splitlines():
         *name, value = line.split() or [""]
@@ -523,7 +523,7 @@ def test_classify_learns_sentiment(cell, capsys):
 @pytest.mark.skipif(
     not any(path.exists() for path in classify.JUNCTIONS), reason="`make junctions` fetches them"
 )
-# A plain RNN does not learn these in as many steps.
+# A plain RNN does not learn these in this number of steps.
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_classify_learns_dna(cell, capsys):
     pytest.importorskip("pyreadr", reason="R's files need the extra fastrnn[examples]")
@@ -568,7 +568,7 @@ def test_classify_reads_a_data_frame_of_r(tmp_path):
     assert task.classes == ["ei", "ie", "n"]
     found = {("".join(symbols), kind) for part in task[1:] for symbols, kind in part}
     assert found == {("ACGT", 0), ("TTAA", 1), ("GGCA", 2)}
-    assert sum(map(len, task[1:])) == 3, "what is there twice is taken once"
+    assert sum(map(len, task[1:])) == 3, "duplicates are used once"
     write_dna(path, texts, classes, "Other")
     with pytest.raises(SystemExit, match="expected mlbench's data frame DNA"):
         classify.dna(path)
@@ -609,7 +609,7 @@ def test_tag_learns(cell, capsys):
 
 
 def test_tag_does_not_see_what_is_padded():
-    """Of a batch each utterance gets the tags that it gets alone."""
+    """Each utterance of a batch gets the tags that it gets alone."""
     batches = tag.Batches(utterances := tag.corpus()[:40])
     model = tag.Tagger(
         layer("LSTM"),
@@ -642,7 +642,7 @@ def test_translate_learns(cell, tmp_path, capsys):
 
 
 class Known(torch.nn.Module):
-    """A model of translations whose probabilities are a table: of a word after another."""
+    """A model of translations with a table of probabilities, of one word after another."""
 
     def __init__(self, table):
         super().__init__()
@@ -657,7 +657,7 @@ class Known(torch.nn.Module):
 
 
 def test_a_beam_finds_what_is_most_probable():
-    """Greedy takes the first word that is likelier, after which all is improbable."""
+    """Greedy search takes the likelier first word, after which every text is improbable."""
     begin, end, a, b, c = range(2, 7)
     table = torch.full((7, 7), 1e-9)
     table[begin, [a, b]] = torch.tensor([0.6, 0.4])
@@ -754,7 +754,7 @@ def test_melody_composes_from_key_and_first_note(few):
     tunes = melody.Tunes(some := melody.collection())
     config = {"hidden": 16, "embedding": 8, "dropout": 0.0}
     model = melody.Composer(layer("LSTM"), len(tunes.whole), len(tunes.notes), config).eval()
-    model.first.weight.data *= 10  # what is given decides, though nothing was learnt
+    model.first.weight.data *= 10  # the given key and metre decide, though nothing was learnt
     begun = some[:6]
     made = tunes.compose(model, begun, 1.0, 0)
     for given, tune in zip(begun, made, strict=True):
@@ -870,7 +870,7 @@ def test_error_messages_of_programs(program, options, message, few, tmp_path, mo
 
 @pytest.mark.parametrize("longer", [False, True])
 def test_a_checkpoint_of_other_data(longer, few, tmp_path):
-    """Whether or not other data make the sizes differ."""
+    """Also where the sizes of the other data are the same."""
     path, other = tmp_path / "m.pt", tmp_path / "other"
     if longer:
         program, options = classify, ["--hidden", "8", "--embedding", "8"]

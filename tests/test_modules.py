@@ -353,7 +353,7 @@ def test_lstm_takes_a_list_for_hx() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("mode", MODES)
 def test_other_dtypes(mode: str, dtype: torch.dtype) -> None:
-    """Low precision runs, forward and backward, about as torch.nn's does."""
+    """Low precision runs, forward and backward, with about the results of torch.nn."""
     x = torch.randn(5, 2, 3, dtype=dtype)
     for modules, input in ((layers(mode, 3, 4), x), (steps(mode, 3, 4), x[0])):
         grads = []

@@ -117,7 +117,7 @@ def imports(path: Path, module: str) -> Iterator[Import]:
 
 
 def all_imports() -> list[tuple[str, str, Import]]:
-    """Each import in the shipped files: where it stands, the module it stands in, and itself."""
+    """Each import in the shipped files: its place, its module, and the import."""
     return [
         (f"{path.relative_to(ROOT)}:{found.line}", module, found)
         for path, module in source_files()
@@ -279,7 +279,7 @@ def test_a_second_process_does_not_compile(tmp_path: Path) -> None:
 
 
 def test_processes_with_other_vectors_share_no_kernels(tmp_path: Path) -> None:
-    """As on a cluster of different machines, told to compile for what they have in common."""
+    """As on a cluster of different machines that compile for their common features."""
     pytest.importorskip("numba")
     script = """
         import llvmlite.binding as llvm
@@ -382,7 +382,7 @@ def test_a_build_without_the_extension(
 @needs_tree
 @needs_extension
 def test_an_extension_that_does_not_compile(tmp_path: Path) -> None:
-    """It is left out as well, though a trial of the compiler went well."""
+    """It is left out as well, though the trial of the compiler succeeded."""
     pytest.importorskip("pybind11")
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
     command += ["--build-temp", str(tmp_path / "objects"), "--force"]
@@ -419,8 +419,8 @@ def test_extension_lies_in_the_package() -> None:
 def test_extension_links_to_the_system_only() -> None:
     """Not to torch, whose releases it must outlive, nor to an OpenMP runtime of its own.
 
-    libgomp under its plain name is the one that torch has loaded. Clang, in a build of one's own,
-    links to its libomp, and says where that lies.
+    libgomp under its plain name is the one that torch has loaded. A build with Clang links to
+    Clang's libomp, and has its path.
     """
     run = subprocess.run(
         ["readelf", "--dynamic", "--wide", extension()],

@@ -200,7 +200,7 @@ def test_numba_starts_no_more_kernels_at_once_than_threads(
 def test_numba_waits_for_its_threads_whatever_comes_between(
     set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They write to memory that is freed when the call is left."""
+    """The threads write to memory that is freed at the end of the call."""
     from fastrnn.kernels.numba import launch
 
     set_threads(2)
@@ -238,7 +238,7 @@ def test_numba_waits_for_its_threads_whatever_comes_between(
 def test_numba_runs_where_no_thread_can_be_started(
     set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a thread that outlives the main one."""
+    """As in a thread that outlives the main thread."""
     from fastrnn.kernels.numba import launch
 
     set_threads(2)
@@ -280,7 +280,7 @@ def test_ctrl_c_ends_a_forward_of_many_layers(backend: str, training: bool) -> N
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "ready\n"
-        time.sleep(0.3)  # into the forward pass, which takes many times as long
+        time.sleep(0.3)  # into the forward pass, which takes much longer
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert output == "interrupted\n"

@@ -38,7 +38,7 @@ once = pytest.mark.parametrize("backend", layered()[:1], indirect=True)
 
 
 class Problem:
-    """A module as functions of its parameters and input: of all outputs, and of one number."""
+    """A module as functions of its parameters and input, to all outputs and to one number."""
 
     def __init__(self, make: Callable[..., Any], case: Case) -> None:
         self.module, d = make(case, F64), data(case, F64)
@@ -119,7 +119,7 @@ def test_forward_mode_and_higher_orders(mode: str, name: str) -> None:
 
 
 def eager_grad(p: Problem, x: Tensor) -> dict[str, Tensor]:
-    """Without torch.func, which torch's own packed layers do not go through."""
+    """Without torch.func, which torch's own packed layers do not support."""
     leaves = {n: w.clone().requires_grad_() for n, w in p.parameters.items()}
     found = torch.autograd.grad(p.loss(leaves, x), list(leaves.values()))
     return dict(zip(leaves, found, strict=True))
@@ -285,7 +285,7 @@ def test_tangents_without_gradients(mode: str) -> None:
 @once
 @pytest.mark.parametrize("mode", MODES)
 def test_tangents_of_gradients(mode: str) -> None:
-    """Forward mode over a graph from before, and many gradients at once under no_grad."""
+    """Forward mode over an earlier graph, and many gradients at once under no_grad."""
     found = []
     for make in (ours, theirs):
         case = small(mode)
