@@ -356,7 +356,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.data())
 @pytest.mark.parametrize("mode", MODES)
 def test_a_layer_raises_when_torchs_does(mode: str, data: st.DataObject) -> None:
@@ -378,7 +378,7 @@ def test_a_layer_raises_when_torchs_does(mode: str, data: st.DataObject) -> None
     assert_same_outcome(modules, x, hx)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(st.data())
 @pytest.mark.parametrize("mode", MODES)
 def test_a_cell_raises_when_torchs_does(mode: str, data: st.DataObject) -> None:
