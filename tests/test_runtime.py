@@ -80,7 +80,7 @@ def test_layers_in_several_threads_at_once(
 ) -> None:
     set_threads(threads)
     shared = fastrnn.LSTM(30, 40, num_layers=2, bidirectional=True)
-    modes = [*MODES, "shared"] * 3
+    modes = [*MODES, "shared"] * 2
 
     def work(k: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         torch.set_num_threads(threads)
@@ -91,7 +91,7 @@ def test_layers_in_several_threads_at_once(
                 for p in m.parameters():
                     p.copy_(torch.linspace(-0.1, 0.1, p.numel()).view_as(p))
         g = torch.Generator().manual_seed(k)
-        x = torch.randn(50, 40, 30, generator=g, requires_grad=True)
+        x = torch.randn(20, 40, 30, generator=g, requires_grad=True)
         results = []
         for _ in range(3):
             with fastrnn.use_backend(backend):
