@@ -20,7 +20,7 @@ junctions := build/usr/lib/R/site-library/mlbench/data/DNA.rda
 selftest := build/selftest-$(notdir $(lastword $(CXX)))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo gallery junctions test heavy test-isa test-numba test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
+.PHONY: help demo gallery junctions test coverage heavy test-isa test-numba test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
 	wheel matrix aarch64 clean
 
 help: ## list the targets
@@ -48,20 +48,27 @@ $(junctions):
 	mkdir -p build && cd build && rm -f r-cran-mlbench_*.deb && apt-get download r-cran-mlbench && \
 		dpkg -x r-cran-mlbench_*.deb .
 
-test: $(VENV)/.dev ## run the tests except the heavy ones
-	$(pytest) -n 2 -m "not heavy" tests --cov
+# Each worker begins with half of the files and then takes tests from the other. Tests that share a
+# cached reference are neighbours, and mostly stay together.
+parallel := -n 2 --dist worksteal
 
-heavy: $(VENV)/.dev ## run the heavy tests
+test: $(VENV)/.dev ## run the tests except the heavy ones
+	$(pytest) $(parallel) -m "not heavy" tests
+
+coverage: $(VENV)/.dev ## run the same tests and check line coverage
+	$(pytest) $(parallel) -m "not heavy" tests --cov
+
+heavy: $(VENV)/.dev ## run the heavy tests: full grids, long sequences, every example with every cell
 	$(pytest) -m heavy --timeout 1800 -o faulthandler_timeout=1860 tests
 
 # Without AVX-512, `make test` runs with AVX2 already.
 isa := $(if $(shell grep -s -m 1 avx512f /proc/cpuinfo),avx2) default
 test-isa: $(VENV)/.dev ## run the engine tests on smaller instruction sets of this processor
 	for isa in $(isa); do \
-		ATEN_CPU_CAPABILITY=$$isa $(pytest) -n 2 -m "isa and not heavy" tests || exit 1; done
+		ATEN_CPU_CAPABILITY=$$isa $(pytest) $(parallel) -m "isa and not heavy" tests || exit 1; done
 
 test-numba: $(VENV)/.dev ## run the tests of the modules on the Numba backend
-	FASTRNN_BACKEND=numba $(pytest) -n 2 -m "contract and not heavy" tests
+	FASTRNN_BACKEND=numba $(pytest) $(parallel) -m "contract and not heavy" tests
 
 test-gpu: $(VENV)/.dev ## run the tests of the Triton kernels on the GPU of this machine
 	FASTRNN_TEST_GPU=1 $(pytest) tests/test_gpu.py
@@ -137,7 +144,7 @@ wheel: $(VENV)/.dev ## build the sdist and the wheels, and test the wheels in a 
 
 wheel := build/wheel/bin/python
 test-wheel = cd build/wheel && bin/python -m fastrnn info && \
-	bin/pytest -q -n 2 -m "($(1)) and not heavy" $(CURDIR)/tests
+	bin/pytest -q $(parallel) -m "($(1)) and not heavy" $(CURDIR)/tests
 
 # What pip builds from the sdist, with the compiler, for each Python that is on the path. On Linux
 # torch from PyPI is the CUDA build, several GB each time.
@@ -151,7 +158,7 @@ build/matrix/%.txt: build/matrix/sdist
 	cd build/matrix/$* && FASTRNN_REQUIRE_CPP=1 bin/python -m pip install -qq --no-cache-dir --no-binary fastrnn \
 		"$$(echo ../sdist/*)[test]" torch==$(call part,2) $(addprefix numba==,$(call part,3))
 	cd build/matrix/$* && bin/python -m fastrnn info
-	cd build/matrix/$* && bin/pytest -q -n 2 -m "(isa or installed) and not heavy" $(CURDIR)/tests >pytest.log || \
+	cd build/matrix/$* && bin/pytest -q $(parallel) -m "(isa or installed) and not heavy" $(CURDIR)/tests >pytest.log || \
 		(cat pytest.log && false)
 	cd build/matrix/$* && bin/python -c "import sys, torch, numba; print(f'Python {sys.version.split()[0]}, \
 	torch {torch.__version__}, numba {numba.__version__}: {list(open(\"pytest.log\"))[-1]}', end='')" >../$*.log

@@ -1,4 +1,4 @@
-"""What every test runs under: fixed seeds, poisoned memory, and no more threads than cores."""
+"""Fixed seeds, poisoned memory and no more threads than cores, for every test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-pytest.register_assert_rewrite("cases")
+pytest.register_assert_rewrite("support")
 
 
 def pytest_configure() -> None:
@@ -19,36 +19,42 @@ def pytest_configure() -> None:
         # The Triton kernels that this process imports run in the interpreter, without a GPU.
         os.environ["TRITON_INTERPRET"] = "1"
     # With both of these torch fills every torch.empty with NaN (integers: their largest value), so
-    # an element that nobody wrote fails the test that reads it. The engine's own scratch memory is
-    # not torch's: it is poisoned by a switch of its own.
+    # an element that was never written fails the test that reads it. The engine's scratch memory is
+    # not torch's, and has a switch of its own.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         import fastrnn._cpp
     except ImportError:
-        pass  # test_backends.py says whether it may be missing
+        pass  # test_cpp_is_here fails if it may not be missing
     else:
         fastrnn._cpp.poison(True)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of a cell on a backend that does not claim it has nothing to test."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip a cell on a backend that refuses it, and leave out what another run has tested."""
     from fastrnn.cells import CELLS
-    from fastrnn.dispatch import BACKENDS, load
+    from fastrnn.dispatch import BACKENDS, load_backend
 
     device = torch.device("cuda" if os.environ.get("FASTRNN_TEST_GPU") == "1" else "cpu")
+    named = []
     for item in items:
         parameters = getattr(item, "callspec", None) and item.callspec.params
         if not parameters or parameters.get("backend") not in BACKENDS:
             continue
+        named.append(item)
         mode = parameters.get("mode") or getattr(parameters.get("case"), "mode", None)
-        backend = load(parameters["backend"])
+        backend = load_backend(parameters["backend"])
         if mode in CELLS and backend.missing() is None:
             why = backend.refuses(CELLS[mode], torch.float32, device)
             if why:
                 item.add_marker(pytest.mark.skip(reason=why))
+    if os.environ.get("FASTRNN_BACKEND"):
+        # A test that selects its backend itself is the same as without the variable.
+        config.hook.pytest_deselected(items=named)
+        items[:] = [item for item in items if item not in set(named)]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +65,7 @@ def seeds() -> None:
 
 @pytest.fixture
 def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The automatic choice of a backend, whatever FASTRNN_BACKEND says."""
+    """The automatic choice of a backend, whatever FASTRNN_BACKEND is."""
     from fastrnn import dispatch
 
     monkeypatch.setattr(dispatch, "_environment", None)

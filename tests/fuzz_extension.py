@@ -1,8 +1,8 @@
-"""Calls the extension with arguments that are each wrong in one place; run by test_bad_input.py.
+"""Calls of the extension with one wrong argument each; run by test_bad_input.py.
 
-Real calls are recorded from real layers, so nothing here knows a signature. Each is repeated with
-one argument, or one item of one, replaced. A call may raise whatever it likes; it may not crash,
-write into an argument that it refused, or outside one that it took.
+The calls are recorded from real layers, so this file is independent of the signatures. Each call is
+repeated with one argument, or one item of one, replaced. A call may raise any exception. It must
+not crash, write into an argument that it refuses, or write outside one that it accepts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from cases import Case, data, evaluate, ours
+from support import Case, data, evaluate, ours
 from torch import Tensor
 
 from fastrnn.backends import cpp
@@ -65,7 +65,7 @@ def record() -> list[Call]:
         for layout, projected in (("dense", False), ("packed", False), ("dense", True)):
             if projected and not CELLS[mode].projectable:
                 continue
-            case = Case(mode, 2, 1, True, layout, projected, True, T=3, B=2, I=3, H=5)
+            case = Case(mode, directions=2, layout=layout, projected=projected, T=3, B=2, I=3, H=5)
             for dtype in (torch.float32, torch.float64):
                 if cpp.refuses(CELLS[mode], dtype, torch.device("cpu")):
                     continue
@@ -105,7 +105,7 @@ def tensor_mutants(t: Tensor) -> Iterator[Any]:
 
 
 def mutants(value: Any) -> Iterator[Any]:
-    """What might stand in the place of ``value``."""
+    """Values to put in the place of ``value``."""
     yield from THINGS
     if isinstance(value, (Tensor, tuple)):
         yield 3
@@ -139,13 +139,13 @@ GUARD = 32
 
 def main() -> None:
     faulthandler.enable()
-    # A size that nobody has memory for must end in an exception, and not in the machine's. The
-    # address sanitizer, which reserves terabytes, has a limit of its own.
+    # A size beyond all memory must end in an exception, and not exhaust the machine. The address
+    # sanitizer reserves terabytes, and has a limit of its own.
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):
         resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
     random.seed(0)
     calls = record()
-    # One of each kind in full, and of the others what chance picks.
+    # One call of each kind with every mutant, and the other calls with a random few.
     seen: set[tuple[str, int]] = set()
     counts = {name: Counter[str]() for name in (*ENTRIES, "Scratch", "make_large", "poison")}
 
@@ -180,7 +180,7 @@ def main() -> None:
         tried("poison", thing)
         tried("make_large", 0, thing)
         tried("make_large", thing, cpp._large)
-    # Who makes results makes them as it likes: each call must refuse what does not fit.
+    # A call must refuse result tensors that do not fit, whatever the function that makes them.
     whole = next(args for name, args in calls if name == "forward")
     for make in (
         lambda like, *shape: None,
@@ -193,7 +193,7 @@ def main() -> None:
         cpp._cpp.make_large(0, make)
         before = counts["forward"]["taken"]
         tried("forward", *whole)
-        assert counts["forward"]["taken"] == before, "results that do not fit were taken"
+        assert counts["forward"]["taken"] == before, "results that do not fit were accepted"
     cpp._cpp.make_large(cpp.LARGE, cpp._large)
     cpp._cpp.release()
     for name, count in counts.items():

@@ -1,8 +1,8 @@
 """Layers of all kinds and sizes for minutes: `make soak`.
 
-What a service does in a day: every backend with kernels for a CPU, every cell, layout and size in
+The work of a service in a day: every backend with kernels for a CPU, every cell, layout and size in
 random order, several threads at once, children forked and joined, caches emptied. Memory must stay
-flat and no thread be left.
+flat, and no thread may remain.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from cases import LAYERS, OPTIONS, Case, data, evaluate, ours, runnable, valid
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from support import LAYERS, OPTIONS, Case, data, evaluate, ours, runnable, valid
 
 import fastrnn
 
-MOST_GROWTH = 16 << 20
-"""Bytes that the last third's median may lie above that of the first: heaps have holes."""
+MAX_GROWTH = 16 << 20
+"""Bytes by which the median of the last third may exceed the first third's: heaps have holes."""
 
 SAMPLES = 90
 
 
 def resident() -> int:
-    """Bytes, when all that is kept for reuse has been given back."""
+    """Resident bytes, with all memory that is kept for reuse freed first."""
     fastrnn.empty_cache()
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -53,8 +53,8 @@ def some_case(pick: random.Random) -> Case:
     while True:
         values = {name: pick.choice(options) for name, options in OPTIONS.items()}
         values["mode"] = pick.choice(list(LAYERS))
-        for name, most in (("T", 120), ("B", 40), ("I", 200), ("H", 300)):
-            values[name] = max(1, int(most ** pick.random()))
+        for name, max_size in (("T", 120), ("B", 40), ("I", 200), ("H", 300)):
+            values[name] = max(1, int(max_size ** pick.random()))
         if valid(values):
             return Case(**values)
 
@@ -72,8 +72,8 @@ def in_a_child(case: Case, backend: str) -> None:
         with torch.no_grad(), fastrnn.use_backend(backend):
             layer(x)
 
-    # MKL's lock is lost to a child that is forked while a thread, joined or not, gives back what it
-    # had of MKL's memory.
+    # A child that is forked while a thread, joined or not, frees its MKL memory can wait for MKL's
+    # lock for ever.
     time.sleep(0.05)
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
@@ -100,7 +100,7 @@ def main() -> int:
     count: Counter[str] = Counter()
     started, before = time.monotonic(), 0
     columns = (TextColumn("soaking"), BarColumn(), TextColumn("{task.fields[at]}"))
-    # No thread of its own may hold the lock of the console where a child is forked.
+    # A refreshing thread could hold the console's lock when a child is forked.
     show = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
     with Progress(*columns, TimeRemainingColumn(), transient=True, **show) as progress:
         task = progress.add_task("", total=args.seconds, at="")
@@ -132,7 +132,7 @@ def main() -> int:
     curve = " ".join(f"{m >> 20}" for _, m in memory[:: max(1, len(memory) // 15)])
     print(f"memory in MB {curve}; median {first / 2**20:.0f}, of the last third {last / 2**20:.0f}")
     print(f"threads {before} and at the end {threads()}")
-    grown, left = last - first > MOST_GROWTH, threads() > before
+    grown, left = last - first > MAX_GROWTH, threads() > before
     if grown or left:
         print("memory grew" if grown else "threads were left behind", file=sys.stderr)
     return int(grown or left)

@@ -1,4 +1,4 @@
-"""What autograd sees: when a graph is made, what is in it, and what it refuses."""
+"""Autograd: when a graph is made, what it holds, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from support import (
     LAYERS,
     STEPS,
     Case,
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastrnn
 from fastrnn.cells import CELLS
-from fastrnn.dispatch import choose, load
+from fastrnn.dispatch import explain_choice, load_backend
 
 MODES = list(LAYERS)
 F64 = torch.float64
@@ -42,9 +42,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+# For facts of the autograd Function, which is the same for all backends.
+once = pytest.mark.parametrize("backend", layered()[:1], indirect=True)
+
+
 def small(mode: str, **changes: Any) -> Case:
-    values = {"directions": 2, "layers": 2, "bias": True, "layout": "dense", "projected": False}
-    return Case(mode, **values | {"hx": True, "T": 4, "B": 3, "I": 5, "H": 6} | changes)
+    return Case(mode, **{"directions": 2, "layers": 2} | changes)
 
 
 def final_states(final: Any) -> tuple[Tensor, ...]:
@@ -87,7 +90,7 @@ def test_nothing_is_saved_when_no_gradient_is_needed(
     case = small(mode)
     d = data(case, torch.float32)
     m = ours(case, torch.float32).requires_grad_(how != "frozen")
-    with spied(monkeypatch, load(backend), "forward") as calls, QUIET[how]():
+    with spied(monkeypatch, load_backend(backend), "forward") as calls, QUIET[how]():
         output, final = m(d.x, d.hx if len(d.hx) > 1 else d.hx[0])
     assert [kwargs["save"] for kwargs, _ in calls] == [False] * case.layers
     for t in (output, *final_states(final)):
@@ -100,12 +103,13 @@ def test_a_cell_saves_nothing_when_no_gradient_is_needed(
     mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = STEPS[mode][0](3, 4).requires_grad_(False)
-    with spied(monkeypatch, load(backend), "forward") as calls:
+    with spied(monkeypatch, load_backend(backend), "forward") as calls:
         new = cell(torch.randn(2, 3))
     assert [kwargs["save"] for kwargs, _ in calls] == [False]
     assert all(t.grad_fn is None for t in final_states(new))
 
 
+@once
 @pytest.mark.parametrize("which", ["input", "h_0", "weight_ih_l0", "bias_hh_l0_reverse"])
 def test_one_tensor_that_needs_a_gradient_is_enough(which: str) -> None:
     case = small("LSTM", layers=1)
@@ -154,7 +158,7 @@ def test_gradient_through_one_output_only(mode: str, which: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-# Memory that the engine keeps for reuse is used for the large ones only.
+# The engine keeps memory for reuse for large tensors only.
 sizes = pytest.mark.parametrize("sizes", [{}, {"T": 40, "B": 16, "H": 90}], ids=["small", "large"])
 
 
@@ -179,13 +183,14 @@ def test_two_live_graphs(mode: str, sizes: dict[str, int]) -> None:
     alone = [gradients(*graph(case, ours, seed)) for seed in (2, 3)]
     a, b = graph(case, ours, 2), graph(case, ours, 3)
     got_b = gradients(*b)
-    c = graph(case, ours, 3)  # may be given the buffers that b has let go
+    c = graph(case, ours, 3)  # may get the buffers that b has freed
     got_a, got_c = gradients(*a), gradients(*c)
     for expected, got in zip((*alone, alone[1]), (got_a, got_b, got_c), strict=True):
         for e, g in zip(expected, got, strict=True):
             assert torch.equal(e, g)
 
 
+@once
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("training", [True, False])
 def test_backward_accumulates_and_works_in_eval(mode: str, training: bool) -> None:
@@ -215,7 +220,7 @@ FROZEN: dict[str, Callable[[str], bool]] = {
 
 @pytest.mark.parametrize("kind", FROZEN)
 def test_frozen_weights(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No gradient where none is needed, not even made, and the other gradients the same."""
+    """A gradient that is not needed is not computed, and the other gradients stay the same."""
     case = small("LSTM", projected=True, hx=False, B=2)
     d = data(case, F64)
     full = evaluate(ours(case, F64), case, d)
@@ -224,7 +229,7 @@ def test_frozen_weights(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
         p.requires_grad_(not FROZEN[kind](n))
     x = d.x.requires_grad_()
     output, final = m(x)
-    with spied(monkeypatch, load(backend), "backward") as made:
+    with spied(monkeypatch, load_backend(backend), "backward") as made:
         torch.autograd.backward([output, *final], d.cotangents)
     assert torch.equal(x.grad, full["grad of input"])
     for n, p in m.named_parameters():
@@ -237,7 +242,7 @@ def test_frozen_weights(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("mode", CELLS)
-def test_a_frozen_layer_below_is_not_run_in_reverse(
+def test_a_frozen_layer_below_has_no_backward_pass(
     mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = small(mode)
@@ -245,7 +250,7 @@ def test_a_frozen_layer_below_is_not_run_in_reverse(
     for n, p in m.named_parameters():
         p.requires_grad_("_l1" in n)
     output, _ = m(data(case, F64).x)
-    with spied(monkeypatch, load(backend), "backward") as calls:
+    with spied(monkeypatch, load_backend(backend), "backward") as calls:
         output.sum().backward()
     assert len(calls) == 1
 
@@ -274,6 +279,7 @@ def test_a_gradient_of_zero(mode: str) -> None:
 # Hooks, checkpoints, threads
 
 
+@once
 @pytest.mark.parametrize("mode", MODES)
 def test_hooks_see_what_torchs_see(mode: str) -> None:
     seen: list[list[Any]] = []
@@ -298,6 +304,7 @@ def test_hooks_see_what_torchs_see(mode: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@once
 @pytest.mark.parametrize("mode", MODES)
 def test_a_hook_may_change_a_gradient(mode: str) -> None:
     case = small(mode)
@@ -348,6 +355,7 @@ def test_everything_saved_goes_through_the_hooks() -> None:
     assert sum(t.numel() for t in packed) >= 4 * 3 * 6 * 5  # the gates and c, of every step
 
 
+@once
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_checkpoint(mode: str, reentrant: bool) -> None:
@@ -366,7 +374,7 @@ def test_checkpoint(mode: str, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("mode", CELLS)
 def test_backward_in_another_thread(mode: str) -> None:
-    """Where neither use_backend nor the grad mode of this thread holds."""
+    """A thread in which neither use_backend nor the grad mode of this one is in force."""
     case = small(mode)
     expected = gradients(*graph(case, ours))
     outputs, leaves = graph(case, ours)
@@ -385,7 +393,7 @@ def test_backward_runs_where_forward_ran(
 ) -> None:
     outputs, leaves = graph(small(mode), ours)
     others = [b for b in layered() if b != backend]
-    with spied(monkeypatch, load(backend), "backward") as calls:
+    with spied(monkeypatch, load_backend(backend), "backward") as calls:
         for other in others or [backend]:
             with fastrnn.use_backend(other):
                 gradients(outputs, leaves, retain_graph=True)
@@ -394,8 +402,8 @@ def test_backward_runs_where_forward_ran(
 
 @pytest.fixture(params=["usual memory", "kept memory"])
 def memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Results of any size where otherwise only large ones are."""
-    cpp: Any = load("cpp")
+    """The engine's own memory for results of any size, and not only for large ones."""
+    cpp: Any = load_backend("cpp")
     if cpp.missing() is not None or request.param == "usual memory":
         yield
         return
@@ -410,7 +418,7 @@ def test_results_are_tensors_like_any_other(mode: str) -> None:
     m, cell = LAYERS[mode][0](5, 6), STEPS[mode][0](5, 6)
     x = torch.randn(4, 3, 5, requires_grad=True)
     for t in (final_states(m(x)[1])[-1], *final_states(cell(x[0]))[1:]):
-        t.mul_(2).sum().backward()  # the output is what backward needs
+        t.mul_(2).sum().backward()  # unlike the output, which backward needs
     assert not x.grad._is_view()
     with torch.no_grad():
         y, _ = m(x)
@@ -424,7 +432,7 @@ def test_results_are_tensors_like_any_other(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layers", [1, 2, 0])
 def test_states_may_be_detached_in_place(mode: str, layers: int) -> None:
-    """As in truncated backpropagation through time; a cell counts as no layers."""
+    """As in truncated backpropagation through time. ``layers=0`` is a cell."""
     if layers:
         m, x = ours(small(mode, layers=layers), torch.float32), torch.randn(4, 3, 5)
     else:
@@ -443,12 +451,13 @@ def test_states_may_be_detached_in_place(mode: str, layers: int) -> None:
 EDITED = ["input", "h_0", "c_0", "weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]
 
 
+@once
 @pytest.mark.parametrize("name", EDITED)
 def test_an_edit_before_backward_is_noticed(name: str) -> None:
     case = small("LSTM", layers=1, directions=1, projected=True)
     d = data(case, F64)
     m = ours(case, F64)
-    # Through an operator, so that the edit is not one of a leaf.
+    # The result of an operator, since a leaf cannot be edited.
     x, h, c = (t.requires_grad_() * 1 for t in (d.x, *d.hx))
     output, _ = m(x, (h, c))
     tensors = {"input": x, "h_0": h, "c_0": c, **dict(m.named_parameters())}
@@ -458,6 +467,7 @@ def test_an_edit_before_backward_is_noticed(name: str) -> None:
         output.sum().backward()
 
 
+@once
 @pytest.mark.parametrize("mode", MODES)
 def test_an_edit_of_the_output_is_noticed(mode: str) -> None:
     outputs, leaves = graph(small(mode), ours)
@@ -477,6 +487,7 @@ def test_a_final_state_may_be_edited(mode: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@once
 def test_batched_gradients_are_refused() -> None:
     x = torch.randn(5, 2, 3, requires_grad=True)
     y, _ = fastrnn.GRU(3, 4)(x)
@@ -485,14 +496,14 @@ def test_batched_gradients_are_refused() -> None:
 
 
 def test_a_choice_of_backend_is_not_part_of_the_graph() -> None:
-    """The rest of the graph may run on any other."""
+    """The rest of the graph may run on any other backend."""
     a, b = fastrnn.GRU(3, 4, dtype=F64), fastrnn.GRU(4, 4, dtype=F64)
     x = torch.randn(5, 2, 3, dtype=F64)
     grads = []
     for name in [*layered(), "torch"]:
         y, _ = a(x)
         with fastrnn.use_backend(name):
-            assert choose(CELLS["GRU"], F64, x.device).backend == name
+            assert explain_choice(CELLS["GRU"], F64, x.device).backend == name
             z, _ = b(y)
         names = [n for n, _ in a.named_parameters()]
         grads.append(dict(zip(names, torch.autograd.grad(z.sum(), a.parameters()), strict=True)))

@@ -7,22 +7,21 @@ import random
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, STEPS, runnable
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import LAYERS, STEPS, runnable
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
-from fastrnn.dispatch import load
+from fastrnn.dispatch import load_backend
 
 pytestmark = pytest.mark.contract
 
@@ -35,7 +34,7 @@ def leaves(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [t for r in result for t in leaves(r)]
 
 
-# Packed batches that no pack_padded_sequence makes
+# Packed batches that pack_padded_sequence never makes
 
 BATCH_SIZES = {
     "too many rows": torch.tensor([3, 2, 2]),
@@ -97,7 +96,7 @@ def test_packed_rows_of_a_wrong_shape() -> None:
             m(PackedSequence(torch.randn(shape), torch.tensor([3, 2, 1])))
 
 
-# What is no tensor, or not such a one
+# Arguments of a wrong type
 
 NOT_HX: dict[str, Any] = {
     "int": 5,
@@ -160,11 +159,11 @@ def test_devices_mixed(mode: str, what: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.complex64])
 @pytest.mark.parametrize("mode", MODES)
-def test_input_that_is_no_float(mode: str, dtype: torch.dtype) -> None:
+def test_input_that_is_not_floating_point(mode: str, dtype: torch.dtype) -> None:
     x = torch.ones(5, 2, 3).to(dtype)
     for table, input in ((LAYERS, x), (STEPS, x[0])):
         for m in (make(3, 4) for make in table[mode]):
-            # torch before 2.13 says "type".
+            # torch before 2.13 writes "type".
             with pytest.raises((ValueError, RuntimeError), match="type"):
                 m(input)
 
@@ -273,7 +272,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("mode", MODES)
 def test_views(mode: str, view: str) -> None:
-    """Of the input, the state, the cotangents and the packed rows: like a copy of the same."""
+    """A view as input, state, cotangent or packed rows gives the results of its copy."""
     make = VIEWS[view]
     m = LAYERS[mode][0](3, 4)
     x0, h0, g0 = (torch.randn(s) for s in ((6, 5, 3), (1, 5, 4), (6, 5, 4)))
@@ -300,7 +299,7 @@ def test_a_step_of_a_view(mode: str, backend: str) -> None:
         result = leaves(cell(x, (h, h) if mode == "LSTM" else h))
         expected = leaves(cell(copies[0], copies[1:] * 2 if mode == "LSTM" else copies[1]))
     for a, b in zip(result, expected, strict=True):
-        # Other products than the engine's own may sum in an order that depends on strides.
+        # Products outside the engine may sum in an order that depends on strides.
         assert torch.equal(a, b) if backend == "cpp" else torch.allclose(a, b, 1e-6, 1e-6)
 
 
@@ -313,7 +312,7 @@ def test_a_state_that_is_also_the_input() -> None:
     assert torch.equal(output, m(x, x.clone())[0])
 
 
-# Ours raises exactly when torch.nn does, and the same
+# fastrnn raises exactly when torch.nn does, and the same type
 
 DIMS = st.sampled_from([0, 1, 2, 3, 4, 5])
 DTYPES = st.sampled_from([torch.float32] * 5 + [torch.float64, torch.int64])
@@ -321,7 +320,7 @@ DTYPES = st.sampled_from([torch.float32] * 5 + [torch.float64, torch.int64])
 
 @st.composite
 def tensors(draw: st.DrawFn, usual: tuple[int, ...]) -> tuple[tuple[int, ...], torch.dtype]:
-    """The usual shape, or one with a size changed, or any at all; and a dtype."""
+    """The usual shape, the usual shape with one other size, or any shape; and a dtype."""
     shape = list(usual)
     how = draw(st.integers(0, 3))
     if how == 2 and shape:
@@ -341,7 +340,7 @@ def outcome(f: Callable[[], Any]) -> list[Tensor] | type[Exception]:
 def assert_same_outcome(modules: tuple[nn.Module, nn.Module], *args: Any) -> None:
     mine, torchs = (outcome(lambda m=m: m(*args)) for m in modules)
     if torchs is IndexError:
-        torchs = RuntimeError  # torch's check of a 1-D hx stumbles on its way to that message
+        torchs = RuntimeError  # torch's check of a 1-D hx fails on its way to that message
     if isinstance(torchs, type) or isinstance(mine, type):
         assert mine is torchs
         return
@@ -357,7 +356,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.data())
 @pytest.mark.parametrize("mode", MODES)
 def test_a_layer_raises_when_torchs_does(mode: str, data: st.DataObject) -> None:
@@ -379,7 +378,7 @@ def test_a_layer_raises_when_torchs_does(mode: str, data: st.DataObject) -> None
     assert_same_outcome(modules, x, hx)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(st.data())
 @pytest.mark.parametrize("mode", MODES)
 def test_a_cell_raises_when_torchs_does(mode: str, data: st.DataObject) -> None:
@@ -392,18 +391,18 @@ def test_a_cell_raises_when_torchs_does(mode: str, data: st.DataObject) -> None:
         hx = make(*data.draw(tensors((*B, 4))))
         if mode == "LSTM":
             shape, _ = data.draw(tensors((*B, 4)))
-            hx = hx, make(shape, hx.dtype)  # torch promotes what c alone has another dtype than
+            hx = hx, make(shape, hx.dtype)  # torch promotes where c alone has another dtype
     assert_same_outcome(modules, x, hx)
 
 
-# Anything at all
+# Random arguments
 
 
 PUBLIC = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
 
 class Fuzz:
-    """Arguments as they should be, mostly, of sizes T=5, B=2, I=3 and H=4."""
+    """Mostly valid arguments, of sizes T=5, B=2, I=3 and H=4."""
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
@@ -548,12 +547,15 @@ class Fuzz:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.heavy)])
-def test_any_arguments(seconds: float) -> None:
-    """Give results that can be differentiated, with NaN where the reference has it, or an error."""
-    end, seed, worked = time.monotonic() + seconds, 0, 0
-    while time.monotonic() < end:
-        seed += 1
+@pytest.mark.parametrize(
+    "seeds",
+    [range(1, 501), range(501, 1001), pytest.param(range(1001, 20_001), marks=pytest.mark.heavy)],
+    ids=str,
+)
+def test_any_arguments(seeds: range) -> None:
+    """A result that can be differentiated, with NaN where the reference has it, or an error."""
+    worked = 0
+    for seed in seeds:
         fuzz = Fuzz(seed)
         call = fuzz.call()
         try:
@@ -575,7 +577,7 @@ def test_any_arguments(seconds: float) -> None:
             assert not (a.isnan() & ~e.isnan()).any(), f"seed {seed}"
             # A sigmoid of minus infinity is as small as may be, but not zero.
             assert fuzz.infinite or torch.equal(a.isnan(), e.isnan()), f"seed {seed}"
-    assert worked > 50
+    assert worked > len(seeds) / 4
 
 
 # Sizes
@@ -623,8 +625,8 @@ def test_an_input_too_large_to_exist(size: int) -> None:
 
 
 def test_the_extension_survives_wrong_arguments() -> None:
-    """In a process of its own: what is looked for is a crash."""
-    if load("cpp").missing() is not None:
+    """In another process, since the failure would be a crash."""
+    if load_backend("cpp").missing() is not None:
         pytest.skip("no extension")
     script = Path(__file__).with_name("fuzz_extension.py")
     result = subprocess.run(
@@ -647,8 +649,8 @@ def test_backward_of_an_empty_batch_with_a_strided_state() -> None:
     assert all(p.grad.eq(0).all() for p in m.parameters())
 
 
-class Asked:
-    """A tensor that answers by its methods only, as those of torch before 2.10 do."""
+class ByMethods:
+    """A tensor with methods only and without DLPack's C functions, as before torch 2.10."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -657,14 +659,16 @@ class Asked:
         return getattr(self.tensor, name)
 
 
-def test_tensors_asked_by_their_methods() -> None:
+def test_tensors_read_by_their_methods() -> None:
     cpp = pytest.importorskip("fastrnn._cpp")
     m, x = fastrnn.RNN(7, 5), torch.randn(4, 3, 7)
     w_ih, *others = (p.detach() for p in m.parameters())
 
     def run(x: Tensor, w: Tensor) -> Tensor:
-        weights = (Asked(w), *map(Asked, others), None)
-        return cpp.forward(cpp.isas()[0], 0, 1, True, None, Asked(x), (weights,), None, False)[0]
+        weights = (ByMethods(w), *map(ByMethods, others), None)
+        return cpp.forward(cpp.isas()[0], 0, 1, True, None, ByMethods(x), (weights,), None, False)[
+            0
+        ]
 
     torch.testing.assert_close(run(x, w_ih), m(x)[0])
     w = w_ih
@@ -675,7 +679,7 @@ def test_tensors_asked_by_their_methods() -> None:
 
 @pytest.mark.parametrize("backend", runnable())
 @pytest.mark.parametrize("mode", MODES)
-def test_a_minus_sign_that_torch_has_only_noted(mode: str, backend: str) -> None:
+def test_a_lazy_minus_sign(mode: str, backend: str) -> None:
     m = LAYERS[mode][0](3, 4)
     x, h, g = torch.randn(6, 5, 3), torch.randn(1, 5, 4), torch.randn(6, 5, 4)
     results = []
@@ -690,7 +694,7 @@ def test_a_minus_sign_that_torch_has_only_noted(mode: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", [b for b in (*runnable(), "reference") if b != "cpp"])
-def test_zeros_that_torch_has_only_noted(backend: str) -> None:
+def test_lazy_zeros(backend: str) -> None:
     m, x = fastrnn.GRU(3, 16), torch.randn(6, 5, 3, requires_grad=True)
     with fastrnn.use_backend(backend):
         y, _ = m(x)
@@ -700,7 +704,7 @@ def test_zeros_that_torch_has_only_noted(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", runnable())
 @pytest.mark.parametrize("change", [torch.Tensor.half, lambda t: t[..., :-1], lambda t: t.mT])
-def test_what_forward_saved_has_changed(change: Callable[[Any], Any], backend: str) -> None:
+def test_changed_saved_activations(change: Callable[[Any], Any], backend: str) -> None:
     def unpack(t: torch.Tensor) -> torch.Tensor:
         return change(t) if t.dim() == 4 else t
 
@@ -715,7 +719,7 @@ def test_what_forward_saved_has_changed(change: Callable[[Any], Any], backend: s
 
 
 @pytest.mark.parametrize("backend", runnable())
-def test_a_weight_that_grew_behind_autograds_back(backend: str) -> None:
+def test_a_weight_that_grew_unknown_to_autograd(backend: str) -> None:
     m, x = fastrnn.GRU(3, 16), torch.randn(6, 5, 3)
     with fastrnn.use_backend(backend):
         y, _ = m(x)

@@ -25,7 +25,7 @@ def setting(name: str, batch_first: bool) -> tuple[Any, Tensor, Tensor]:
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
 @pytest.mark.parametrize("window", [1, 3, 10, 99])
 def test_windows(name: str, batch_first: bool, window: int) -> None:
-    """Of a sum over time, against a loop that detaches the state by hand."""
+    """The gradients of a sum over time, against a loop that detaches the state by hand."""
     m, x, y = setting(name, batch_first)
     dim = int(batch_first)
 

@@ -1,4 +1,4 @@
-"""Models written for torch.nn become fastrnn's, and torch.nn's again."""
+"""Models of torch.nn modules, converted to fastrnn and back."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_there_and_back(training: bool) -> None:
+def test_convert_revert_roundtrip(training: bool) -> None:
     model, x = Model().train(training), torch.randn(5, 2, 3)
     model.first.dropout = 0.0
     before, modules, parameters = classes(model), dict(model.named_modules()), [*model.parameters()]
@@ -78,10 +78,10 @@ def test_there_and_back(training: bool) -> None:
     assert classes(model) == before
     assert_same(results(model, x), expected)
     assert_same(results(pickle.loads(pickle.dumps(model)), x), expected)
-    model.double()(x.double())  # moves the list of weights that torch's keep
+    model.double()(x.double())  # replaces the list of weights in torch.nn's layers
 
 
-def test_a_root_and_what_is_ours_already() -> None:
+def test_convert_a_root_and_fastrnn_modules() -> None:
     lstm = nn.LSTM(3, 4)
     assert type(fastrnn.convert(lstm)) is fastrnn.LSTM and type(lstm) is fastrnn.LSTM
     with warnings.catch_warnings():
@@ -93,16 +93,16 @@ def test_a_root_and_what_is_ours_already() -> None:
 
 def test_optimizers_go_on() -> None:
     model, x = Model().eval(), torch.randn(5, 2, 3)
-    judge = copy.deepcopy(model)
-    steps = [torch.optim.Adam(m.parameters(), lr=0.1) for m in (model, judge)]
+    torchs = copy.deepcopy(model)
+    steps = [torch.optim.Adam(m.parameters(), lr=0.1) for m in (model, torchs)]
     for k in range(3):
         if k == 1:
             fastrnn.convert(model)
-        for m, step in zip((model, judge), steps, strict=True):
+        for m, step in zip((model, torchs), steps, strict=True):
             step.zero_grad()
             m(x).backward()
             step.step()
-    assert_same([*model.parameters()], [*judge.parameters()])
+    assert_same([*model.parameters()], [*torchs.parameters()])
 
 
 def test_hooks_stay() -> None:
@@ -154,7 +154,7 @@ class OwnOfOurs(fastrnn.GRU):
     pass
 
 
-def test_what_is_left_is_named() -> None:
+def test_convert_names_the_modules_that_it_leaves() -> None:
     model = nn.ModuleDict({"a": Own(3, 4), "b": nn.GRU(3, 4), "c": OwnOfOurs(3, 4)})
     with pytest.warns(UserWarning, match=r"did not convert all: a \(Own\) is a subclass"):
         fastrnn.convert(model)
@@ -164,14 +164,14 @@ def test_what_is_left_is_named() -> None:
     assert [type(m) for m in model.values()] == [Own, nn.GRU, OwnOfOurs]
 
 
-def test_complex_modules_are_named() -> None:
+def test_convert_leaves_complex_modules() -> None:
     model = nn.Sequential(nn.LSTM(3, 4, dtype=torch.complex64))
     with pytest.warns(UserWarning, match=r"did not convert all: 0 \(LSTM\) is complex"):
         fastrnn.convert(model)
     model(torch.randn(5, 2, 3, dtype=torch.complex64))
 
 
-def test_bases_and_own_methods_are_named() -> None:
+def test_convert_leaves_bases_and_own_methods() -> None:
     hooked = nn.GRU(3, 4)
     hooked.forward = hooked.forward
     model = nn.ModuleDict({"a": nn.RNNBase("LSTM", 3, 4), "b": hooked})
@@ -185,7 +185,7 @@ def test_bases_and_own_methods_are_named() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_is_scripted_is_named() -> None:
+def test_convert_leaves_scripted_modules() -> None:
     model = nn.Sequential(torch.jit.script(nn.LSTM(3, 4)))
     with pytest.warns(UserWarning, match=r"0 \(RecursiveScriptModule\) was compiled"):
         fastrnn.convert(model)
@@ -203,7 +203,7 @@ def test_script_is_refused_and_revert_helps(make: Any) -> None:
 
 
 def test_a_pickle_of_torchs_layer_becomes_ours_inside_patched() -> None:
-    """Without the list of weights that torch's keeps."""
+    """Without torch.nn's list of weights."""
     saved, x = pickle.dumps(torchs := nn.GRU(3, 4)), torch.randn(5, 2, 3)
     with fastrnn.patched():
         m = pickle.loads(saved)

@@ -1,4 +1,4 @@
-"""The gradient at each step against a loop over a cell that keeps every state."""
+"""The gradient at each step, against a loop over a cell that keeps every state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, STEPS, layered
+from support import LAYERS, STEPS, layered
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -19,7 +19,7 @@ MODES = list(LAYERS)
 
 
 def by_a_loop(m: Any, mode: str, x: Tensor, hx: list[Tensor]) -> tuple[list[list[Tensor]], Tensor]:
-    """Of each layer and direction the states after each step, and the loss, of torch's cells."""
+    """The states of each layer and direction after each step, and the loss, from torch's cells."""
     D, T = 1 + m.bidirectional, len(x)
     kept: list[list[Tensor]] = []
     last = []
@@ -35,7 +35,7 @@ def by_a_loop(m: Any, mode: str, x: Tensor, hx: list[Tensor]) -> tuple[list[list
             state = state if len(state) > 1 else state[0]
             states: list[Any] = [None] * T
             for t in range(T) if d == 0 else reversed(range(T)):
-                state = tree_map(lambda s: 1 * s, cell(x[t], state))  # c apart from h's way to it
+                state = tree_map(lambda s: 1 * s, cell(x[t], state))  # c apart from h's path
                 for s in tree_leaves(state):
                     s.requires_grad_().retain_grad()
                 states[t] = state
@@ -61,10 +61,10 @@ def test_every_steps_gradient(mode: str, backend: str) -> None:
         grads = [[tree_leaves(s)[k].grad for s in states] for states in kept]
         expected = [[0.0 if g is None else g.norm() for g in each] for each in grads]
         torch.testing.assert_close(found.flatten(0, 1), torch.tensor(expected, dtype=torch.float64))
-    assert all(not p.grad for p in m.parameters())
+    assert all(p.grad is None for p in m.parameters())
 
 
-def test_a_projected_layer_and_a_loss_of_ones_own() -> None:
+def test_a_projected_layer_and_the_users_loss() -> None:
     """Against a finite difference, through the h that comes before."""
     torch.manual_seed(0)
     m = fastrnn.LSTM(3, 5, proj_size=2, batch_first=True, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_a_projected_layer_and_a_loss_of_ones_own() -> None:
             torch.testing.assert_close(found[0, 0, t], g.norm())
 
 
-def test_what_is_stuck() -> None:
+def test_saturation() -> None:
     x, large = torch.randn(6, 4, 3), 50.0
     lstm = fastrnn.LSTM(3, 8)
     assert all(s.max() == 0 for s in diagnostics.gradient_flow(lstm, 0 * x).saturation.values())

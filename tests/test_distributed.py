@@ -1,4 +1,4 @@
-"""Two processes that share a batch have the gradients of one that has all of it."""
+"""Two processes that share a batch get the gradients of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ dist.destroy_process_group()
 """
 
 
-# torch 2.6's asks a CPU for events.
+# FSDP in torch 2.6 needs CPU events.
 version = tuple(map(int, torch.__version__.split(".")[:2]))
 fsdp = pytest.mark.skipif(version < (2, 7), reason="needs torch 2.7")
 

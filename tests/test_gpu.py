@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, STEPS, Case, assert_equal, assert_near_in_norm, data, evaluate, ours
+from support import (
+    LAYERS,
+    STEPS,
+    Case,
+    assert_equal,
+    assert_near_in_norm,
+    data,
+    evaluate,
+    ours,
+)
 from test_operators import ANY_SIZE, Calls
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -26,7 +35,7 @@ if os.environ.get("FASTRNN_TEST_GPU") != "1" or not torch.cuda.is_available():
 DEVICE = "cuda"
 F32, F64 = torch.float32, torch.float64
 # How far every result may be from the reference in float64, in the norm.
-MOST = {
+MAX_ERROR = {
     ("ieee", F32): 1e-5,
     ("tf32", F32): 5e-3,
     ("ieee", torch.float16): 5e-3,
@@ -37,7 +46,7 @@ HIDDEN = (1, 33, 64, 100, 128, 200, 256, 512, 700, 1024, 2048)
 
 @contextmanager
 def products(precision: str) -> Iterator[None]:
-    """How float32 is multiplied in the block, by torch's RNNs and in all else."""
+    """The precision of float32 products in the block, in torch's RNNs and elsewhere."""
     backends = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [b.allow_tf32 for b in backends]
     for b in backends:
@@ -49,27 +58,27 @@ def products(precision: str) -> Iterator[None]:
             b.allow_tf32 = allowed
 
 
-@pytest.fixture(params=MOST, ids=lambda key: f"{key[0]}-{key[1]}")
+@pytest.fixture(params=MAX_ERROR, ids=lambda key: f"{key[0]}-{key[1]}")
 def kind(request: pytest.FixtureRequest) -> Iterator[tuple[torch.dtype, float]]:
-    """A dtype and how far results may be off, with products that are so exact."""
+    """A dtype and the largest error, with products of that precision."""
     with products(request.param[0]):
-        yield request.param[1], MOST[request.param]
+        yield request.param[1], MAX_ERROR[request.param]
 
 
-def judged(case: Case, dtype: torch.dtype, most: float) -> None:
+def assert_matches_reference(case: Case, dtype: torch.dtype, max_error: float) -> None:
     d, module = data(case, dtype, seed=3), ours(case, dtype)
-    found = evaluate(module.to(DEVICE), case, d.to(DEVICE), "triton")
+    found = evaluate(copy.deepcopy(module).to(DEVICE), case, d.to(DEVICE), "triton")
     actual = {name: result.cpu() for name, result in found.items()}
-    expected = evaluate(module.cpu().double(), case, d.to(F64), "reference")
-    assert_near_in_norm(actual, expected, most)
+    expected = evaluate(module.double(), case, d.to(F64), "reference")
+    assert_near_in_norm(actual, expected, max_error)
 
 
 @pytest.mark.parametrize("H", HIDDEN)
 @pytest.mark.parametrize("mode", ("RNN_TANH", "GRU", "LSTM"))
 def test_every_row_of_the_table(mode: str, H: int, kind: tuple[torch.dtype, float]) -> None:
-    if H == 1 and kind[1] > MOST["ieee", F32]:
+    if H == 1 and kind[1] > MAX_ERROR["ieee", F32]:
         pytest.skip("a gradient of one element is a sum that may cancel")
-    judged(Case(mode, 2, 1, True, "dense", False, True, 4, 19, 48, H), *kind)
+    assert_matches_reference(Case(mode, directions=2, B=19, I=48, H=H), *kind)
 
 
 @pytest.mark.parametrize("H", (33, 256, 2048))
@@ -77,24 +86,34 @@ def test_every_row_of_the_table(mode: str, H: int, kind: tuple[torch.dtype, floa
 def test_packed_and_projected(
     layout: str, projected: bool, H: int, kind: tuple[torch.dtype, float]
 ) -> None:
-    judged(Case("LSTM", 2, 2, True, layout, projected, True, 5, 37, 17, H), *kind)
+    assert_matches_reference(
+        Case(
+            "LSTM", directions=2, layers=2, layout=layout, projected=projected, T=5, B=37, I=17, H=H
+        ),
+        *kind,
+    )
 
 
 @pytest.mark.parametrize("kind", [("ieee", F32)], indirect=True, ids=str)
 @pytest.mark.parametrize("H", (64, 512))
 def test_relu_without_bias(H: int, kind: tuple[torch.dtype, float]) -> None:
     """In TF32 the sign of a pre-activation near zero may be another."""
-    judged(Case("RNN_RELU", 1, 2, False, "batch_first", False, False, 5, 20, 17, H), *kind)
+    assert_matches_reference(
+        Case(
+            "RNN_RELU", layers=2, bias=False, layout="batch_first", hx=False, T=5, B=20, I=17, H=H
+        ),
+        *kind,
+    )
 
 
 @pytest.mark.parametrize("H", (128, 1024))
 def test_more_groups_than_run_at_once(H: int) -> None:
-    judged(Case("LSTM", 2, 1, True, "dense", False, True, 3, 16 * 150 + 3, 16, H), F32, 5e-3)
+    assert_matches_reference(Case("LSTM", directions=2, T=3, B=16 * 150 + 3, I=16, H=H), F32, 5e-3)
 
 
 @pytest.mark.parametrize("H", (64, 256, 2048))
 def test_backward_is_deterministic(H: int) -> None:
-    case = Case("GRU", 2, 1, True, "unsorted", False, True, 20, 100, 32, H)
+    case = Case("GRU", directions=2, layout="unsorted", T=20, B=100, I=32, H=H)
     d = data(case, F32).to(DEVICE)
     runs = [evaluate(ours(case, F32).to(DEVICE), case, d, "triton") for _ in range(3)]
     assert_equal(runs[0], runs[1])
@@ -129,12 +148,12 @@ def test_capture_in_a_graph(H: int) -> None:
 
 def test_capture_of_launched_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device with too few processors for programs to wait for each other."""
-    backend = fastrnn.dispatch.load("triton")
+    backend = fastrnn.dispatch.load_backend("triton")
     monkeypatch.setattr(backend, "_programs_at_once", lambda _: 1)
     test_capture_in_a_graph(256)
 
 
-def test_nothing_waits_for_the_host() -> None:
+def test_no_synchronisation_with_the_host() -> None:
     module = fastrnn.GRU(32, 256, bidirectional=True, device=DEVICE)
     x = torch.randn(10, 24, 32, device=DEVICE)
     with fastrnn.use_backend("triton"):
@@ -149,11 +168,13 @@ def test_nothing_waits_for_the_host() -> None:
 def test_the_automatic_choice() -> None:
     module = fastrnn.GRU(32, 256, device=DEVICE)
     chosen = fastrnn.explain(module, torch.randn(10, 24, 32, device=DEVICE))
-    architecture = fastrnn.dispatch.load("triton")._architecture(torch.cuda.current_device())
+    architecture = fastrnn.dispatch.load_backend("triton")._architecture(
+        torch.cuda.current_device()
+    )
     assert chosen.backend == ("triton" if architecture in plans.LIMITS else "torch")
 
 
-# What a GPU computes of a layer, and the CPU in float64.
+# A layer on the GPU, against the CPU in float64.
 
 
 @pytest.fixture
@@ -163,14 +184,14 @@ def exact() -> Iterator[None]:
 
 
 def pair(module: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A module on the GPU, and its copy that judges it."""
+    """A module on the GPU, and its copy in float64 on the CPU."""
     return copy.deepcopy(module).to(DEVICE), module.double()
 
 
-def assert_close(actual: Any, judge: Any, most: float = 1e-5) -> None:
-    for a, e in zip(tree_leaves(actual), tree_leaves(judge), strict=True):
+def assert_close(actual: Any, expected: Any, max_error: float = 1e-5) -> None:
+    for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
         assert a.is_cuda
-        assert (a.cpu().double() - e).norm() <= most * e.norm()
+        assert (a.cpu().double() - e).norm() <= max_error * e.norm()
 
 
 def trained(m: nn.Module, x: Tensor, run: Callable[..., Any] | None = None, **more: Any) -> Any:
@@ -182,10 +203,10 @@ def trained(m: nn.Module, x: Tensor, run: Callable[..., Any] | None = None, **mo
     return outputs, torch.autograd.grad(loss, [x, *m.parameters()])
 
 
-def exactly(judge: nn.Module, x: Tensor, **more: Any) -> Any:
+def exactly(exact_module: nn.Module, x: Tensor, **more: Any) -> Any:
     """As :func:`trained`, on the CPU in float64."""
     with fastrnn.use_backend("reference"):
-        return trained(judge, x.cpu().double(), **more)
+        return trained(exact_module, x.cpu().double(), **more)
 
 
 def stacks(mode: str) -> tuple[nn.Module, nn.Module]:
@@ -197,7 +218,7 @@ def stacks(mode: str) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("mode", LAYERS)
 def test_compiled_and_exported(mode: str, backend: str | None, exact: None) -> None:
     """Also where eager layers are torch's own operators."""
-    m, judge = stacks(mode)
+    m, exact_module = stacks(mode)
     torch._dynamo.reset()
     with fastrnn.use_backend(backend):
         compiled = torch.compile(m, fullgraph=True, dynamic=True)
@@ -205,7 +226,7 @@ def test_compiled_and_exported(mode: str, backend: str | None, exact: None) -> N
         program = torch.export.export(m, (x,), dynamic_shapes=(ANY_SIZE,)).module()
         for T, B in ((7, 5), (4, 19)):
             x = torch.randn(T, B, 20, device=DEVICE)
-            expected = exactly(judge, x)
+            expected = exactly(exact_module, x)
             assert_close(trained(m, x, compiled), expected)
             with torch.no_grad():
                 assert_close(compiled(x), expected[0])
@@ -249,26 +270,26 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 @pytest.mark.parametrize("mode", LAYERS)
 def test_transforms(mode: str, name: str, exact: None) -> None:
     torch.manual_seed(0)
-    m, judge = pair(LAYERS[mode][0](3, 33, bidirectional=True))
+    m, exact_module = pair(LAYERS[mode][0](3, 33, bidirectional=True))
     x = torch.randn(4, 2, 3)
     with fastrnn.use_backend("triton"):
         found = TRANSFORMS[name](m, x.to(DEVICE))
     with fastrnn.use_backend("reference"):
-        assert_close(found, TRANSFORMS[name](judge, x.double()))
+        assert_close(found, TRANSFORMS[name](exact_module, x.double()))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("mode", LAYERS)
 def test_autocast(mode: str, dtype: torch.dtype) -> None:
-    """Of all results the error is at most twice torch.nn's of that dtype.
+    """The error of all results is at most twice the error of torch.nn in that dtype.
 
-    Under autocast torch runs cuDNN in float16, whatever it was asked for.
+    Under autocast torch runs cuDNN in float16, whichever dtype is selected.
     """
-    m, judge = stacks(mode)
+    m, exact_module = stacks(mode)
     theirs = LAYERS[mode][1](20, 64, num_layers=2, bidirectional=True).to(DEVICE, dtype)
     theirs.load_state_dict(m.state_dict())
     x = torch.randn(6, 5, 20)
-    expected = tree_leaves(exactly(judge, x))
+    expected = tree_leaves(exactly(exact_module, x))
 
     def error(found: Any) -> float:
         pairs = zip(tree_leaves(found), expected, strict=True)
@@ -285,31 +306,31 @@ def test_autocast(mode: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("where", ("list", "cpu", DEVICE))
 @pytest.mark.parametrize("mode", LAYERS)
 def test_lengths(mode: str, where: str, backend: str | None, exact: None) -> None:
-    m, judge = stacks(mode)
+    m, exact_module = stacks(mode)
     x, lengths = torch.randn(7, 6, 20), [3, 0, 7, 1, 0, 5]
     n = lengths if where == "list" else torch.tensor(lengths, device=where)
     with fastrnn.use_backend(backend):
         found = trained(m, x.to(DEVICE), lengths=n)
-    assert_close(found, exactly(judge, x, lengths=lengths))
+    assert_close(found, exactly(exact_module, x, lengths=lengths))
 
 
 @pytest.mark.parametrize("mode", STEPS)
 def test_cells(mode: str, exact: None) -> None:
     torch.manual_seed(0)
-    m, judge = pair(STEPS[mode][0](20, 64))
+    m, exact_module = pair(STEPS[mode][0](20, 64))
     x = torch.randn(5, 20)
     for backend in ("triton", "reference"):
         with fastrnn.use_backend(backend):
             found = trained(m, x.to(DEVICE))
-        assert_close(found, exactly(judge, x))
+        assert_close(found, exactly(exact_module, x))
 
 
 def test_checkpoints_and_copies(monkeypatch: pytest.MonkeyPatch, exact: None) -> None:
-    # A checkpoint is computed again in a thread of autograd's, where no block holds.
+    # A checkpoint is recomputed in an autograd thread, where use_backend is not in force.
     monkeypatch.setattr(fastrnn.dispatch, "_environment", "triton")
-    m, judge = stacks("LSTM")
+    m, exact_module = stacks("LSTM")
     x = torch.randn(6, 5, 20)
-    expected = exactly(judge, x)
+    expected = exactly(exact_module, x)
     with torch.device("meta"):
         other = fastrnn.LSTM(20, 64, num_layers=2, bidirectional=True)
     other = other.to_empty(device=DEVICE)
@@ -321,7 +342,7 @@ def test_checkpoints_and_copies(monkeypatch: pytest.MonkeyPatch, exact: None) ->
         assert_close(trained(m, x.to(DEVICE)), expected)
 
 
-def test_a_model_of_torchs_is_converted(exact: None) -> None:
+def test_convert_a_model_on_the_gpu(exact: None) -> None:
     model = nn.ModuleDict({"rnn": nn.LSTM(20, 64, 2)}).to(DEVICE)
     parameters = dict(model.named_parameters())
     x = torch.randn(6, 5, 20, device=DEVICE)
@@ -335,7 +356,7 @@ def test_a_model_of_torchs_is_converted(exact: None) -> None:
         assert (a - e).norm() <= 1e-5 * e.norm()
 
 
-def test_what_is_elsewhere_is_refused() -> None:
+def test_tensors_on_other_devices_are_refused() -> None:
     m, x = fastrnn.GRU(20, 64, device=DEVICE), torch.randn(6, 5, 20)
     with pytest.raises(RuntimeError, match=r"cpu.*cuda|cuda.*cpu"):
         m(x)

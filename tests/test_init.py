@@ -1,4 +1,4 @@
-"""What each initialisation promises, on layers and cells, ours and torch's."""
+"""The property of each initialisation, on layers and cells of fastrnn and of torch.nn."""
 
 from __future__ import annotations
 

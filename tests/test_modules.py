@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from support import (
     CASES,
     LAYERS,
     STEPS,
@@ -26,8 +26,8 @@ from cases import (
     data,
     evaluate,
     ours,
+    run_script,
     runnable,
-    said,
     theirs,
 )
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ Pair = tuple[nn.Module, nn.Module]
 
 @pytest.fixture(autouse=True)
 def not_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As most users have it: then the C++ engine multiplies few rows in another way."""
+    """The usual setting, in which the C++ engine multiplies few rows in another way."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
 
 
@@ -263,7 +263,7 @@ def test_state_dict_both_ways(mode: str, assign: bool) -> None:
 @pytest.mark.parametrize("p", [0.5, 1.0])
 def test_dropout_uses_the_generator_as_torch_does(mode: str, layout: str, p: float) -> None:
     B = 1 if layout == "unbatched" else 3
-    case = Case(mode, 2, 3, True, layout, False, True, T=4, B=B, I=5, H=6)
+    case = Case(mode, directions=2, layers=3, layout=layout, B=B)
     d = data(case, torch.float64)
     results, after = [], []
     for make in (ours, theirs):
@@ -353,7 +353,7 @@ def test_lstm_takes_a_list_for_hx() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("mode", MODES)
 def test_other_dtypes(mode: str, dtype: torch.dtype) -> None:
-    """Low precision runs, forward and backward, about as torch.nn's does."""
+    """Low precision runs, forward and backward, with about the results of torch.nn."""
     x = torch.randn(5, 2, 3, dtype=dtype)
     for modules, input in ((layers(mode, 3, 4), x), (steps(mode, 3, 4), x[0])):
         grads = []
@@ -369,6 +369,33 @@ def test_other_dtypes(mode: str, dtype: torch.dtype) -> None:
 # Lengths
 
 
+def by_single_sequences(
+    m: nn.Module, x: Tensor, hx: list[Tensor], lengths: Any, batch_first: bool
+) -> list[Tensor]:
+    """The output and the final states of a layer that runs each sequence alone, without a batch."""
+    rows = x if batch_first else x.transpose(0, 1)
+    outputs, finals = [], []
+    for b, n in enumerate(map(int, lengths)):
+        state = [s[:, b] for s in hx]
+        y = rows.new_zeros(6, 8)
+        if n:
+            y_n, *state = flat(m(rows[b, :n], state[0] if len(state) == 1 else tuple(state)))
+            y = torch.cat([y_n, y[n:]])
+        outputs.append(y)
+        finals.append(state)
+    output = torch.stack(outputs, 0 if batch_first else 1)
+    return [output, *(torch.stack(s, 1) for s in zip(*finals, strict=True))]
+
+
+def gradients_of(results: list[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of a sum over all results; zero where no gradient is needed."""
+    output, *final = results
+    loss = output.sin().sum() + sum((s * s).sum() for s in final)
+    if not loss.requires_grad:
+        return tuple(torch.zeros_like(t) for t in leaves)
+    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("with_hx", [False, True])
 @pytest.mark.parametrize(
@@ -378,43 +405,22 @@ def test_other_dtypes(mode: str, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_lengths(mode: str, given: Any, with_hx: bool, batch_first: bool) -> None:
-    """Each sequence gives what it gives alone, and gets the gradients that it gets alone."""
+    """Outputs and gradients are those of each sequence alone."""
     options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
-    m, judge = (c(3, 4, dtype=torch.float64, **options) for c in LAYERS[mode])
-    judge.load_state_dict(m.state_dict())
+    mine, torchs = (c(3, 4, dtype=torch.float64, **options) for c in LAYERS[mode])
+    torchs.load_state_dict(mine.state_dict())
     x = torch.randn(*((4, 6) if batch_first else (6, 4)), 3, dtype=torch.float64)
     hx = flat(states(mode, 4, 4, 4, dtype=torch.float64))
     leaves = [t.requires_grad_() for t in (x, *hx)]
-    found = []
-    for own in (True, False):
-        if own:
-            state = (hx[0] if len(hx) == 1 else tuple(hx)) if with_hx else None
-            output, *final = flat(m(x, state, lengths=given))
-        else:
-            rows = x if batch_first else x.transpose(0, 1)
-            outputs, finals = [], []
-            for b, n in enumerate(map(int, given)):
-                state = [s[:, b] if with_hx else torch.zeros_like(s[:, b]) for s in hx]
-                y = rows.new_zeros(6, 8)
-                if n:
-                    # Without a batch, so that batch_first has no say.
-                    y_n, *state = flat(
-                        judge(rows[b, :n], state[0] if len(state) == 1 else tuple(state))
-                    )
-                    y = torch.cat([y_n, y[n:]])
-                outputs.append(y)
-                finals.append(state)
-            output = torch.stack(outputs, 0 if batch_first else 1)
-            final = [torch.stack(s, 1) for s in zip(*finals, strict=True)]
-        loss = output.sin().sum() + sum((s * s).sum() for s in final)
-        all_leaves = [*leaves, *(m if own else judge).parameters()]
-        assert loss.requires_grad or not own
-        grads = [torch.zeros_like(t) for t in all_leaves]
-        if loss.requires_grad:
-            options = {"allow_unused": True, "materialize_grads": True}
-            grads = torch.autograd.grad(loss, all_leaves, **options)
-        found.append([output, *final, *grads])
-    for a, b in zip(*found, strict=True):
+    first = hx if with_hx else [torch.zeros_like(s) for s in hx]
+    state = (hx[0] if len(hx) == 1 else tuple(hx)) if with_hx else None
+
+    found = flat(mine(x, state, lengths=given))
+    assert found[0].requires_grad
+    expected = by_single_sequences(torchs, x, first, given, batch_first)
+    found += gradients_of(found, [*leaves, *mine.parameters()])
+    expected += gradients_of(expected, [*leaves, *torchs.parameters()])
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -462,12 +468,12 @@ def test_lengths_under_another_default_device() -> None:
         assert torch.equal(m(x, lengths=[5, 3])[0], expected)
 
 
-def test_lengths_of_zero_are_no_way_around_a_check() -> None:
+def test_lengths_of_zero_do_not_skip_a_check() -> None:
     with pytest.raises(RuntimeError, match="input's device meta, got weights on cpu"):
         fastrnn.GRU(3, 4)(torch.randn(5, 2, 3, device="meta"), lengths=[0, 0])
 
 
-def test_lengths_want_a_padded_batch() -> None:
+def test_lengths_need_a_padded_batch() -> None:
     m = fastrnn.GRU(3, 4)
     for input in (torch.randn(5, 3), pack_sequence([torch.randn(5, 3)])):
         with pytest.raises(ValueError, match="3D tensor with lengths"):
@@ -514,9 +520,9 @@ def test_forward_refuses(mode: str, name: str) -> None:
     mine = layers(mode, 3, 4)[0]
     args = BAD_FORWARD[name](mode)
     # torch's LSTM skips its checks on packed input and reads past the end of it; its GRU does not.
-    judge = "GRU" if name.startswith("packed") else mode
+    checked = "GRU" if name.startswith("packed") else mode
     with pytest.raises(Exception) as theirs:  # noqa: PT011
-        layers(judge, 3, 4)[1](*BAD_FORWARD[name](judge))
+        layers(checked, 3, 4)[1](*BAD_FORWARD[name](checked))
     with pytest.raises(theirs.type) as info:
         mine(*args)
     assert re.search(r"(?i)expected|match|should|must", str(info.value))
@@ -670,7 +676,7 @@ def test_copies_compute_the_same(mode: str, how: str) -> None:
 
 
 def test_whole_modules_in_a_new_process(tmp_path: Path) -> None:
-    """Loaded as they are, and under weights_only once their classes are said to be safe."""
+    """Loaded whole, and under weights_only once their classes are declared safe."""
     model = nn.ModuleDict({"layer": fastrnn.LSTM(3, 4, 2, bidirectional=True)})
     for name in ("RNNCell", "LSTMCell", "GRUCell"):
         model[name] = getattr(fastrnn, name)(3, 4)
@@ -693,7 +699,7 @@ def test_whole_modules_in_a_new_process(tmp_path: Path) -> None:
                 torch.testing.assert_close(leaves, expected[name])
         print("done")
     """
-    assert said(code, tmp_path) == "done"
+    assert run_script(code, tmp_path) == "done"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -724,7 +730,7 @@ def test_meta_device(mode: str) -> None:
 
 
 def test_a_list_of_weights_that_is_set() -> None:
-    """torch.nn computes with it; ours reads the attributes, and says so if that differs."""
+    """torch.nn computes with it. Our layers read the attributes, and raise where the two differ."""
     m = fastrnn.LSTM(3, 4)
     m._flat_weights = list(m.parameters())
     nn.utils.parametrizations.weight_norm(m, "weight_hh_l0")
@@ -935,9 +941,9 @@ def test_built_in_inference_mode_and_called_outside(mode: str, backend: str, fro
             torch.manual_seed(0)
             built = table[mode][0](3, 4)
         torch.manual_seed(0)
-        judge, x = table[mode][0](3, 4), torch.randn(shape, requires_grad=True)
+        usual, x = table[mode][0](3, 4), torch.randn(shape, requires_grad=True)
         results = []
-        for m in (built, judge):
+        for m in (built, usual):
             if frozen:
                 m.requires_grad_(False)
             leaves = [x, *(() if frozen else m.parameters())]
@@ -950,7 +956,18 @@ def test_built_in_inference_mode_and_called_outside(mode: str, backend: str, fro
 
 def test_arguments_by_name() -> None:
     """Every keyword of a case is one that torch.nn takes."""
-    case = Case("LSTM", 2, 2, False, "batch_first", True, True, T=1, B=1, I=1, H=2)
+    case = Case(
+        "LSTM",
+        directions=2,
+        layers=2,
+        bias=False,
+        layout="batch_first",
+        projected=True,
+        T=1,
+        B=1,
+        I=1,
+        H=2,
+    )
     assert set(arguments(case)) <= set(nn.RNNBase.__init__.__code__.co_varnames)
     d = data(case, torch.float32)
     outputs = [call(m(case, torch.float32), case, d.x, None, d.hx) for m in (ours, theirs)]

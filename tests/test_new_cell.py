@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(
     not Path(fastrnn.__file__).is_relative_to(ROOT / "src"),
-    reason="builds the source tree, and what is tested is an installed fastrnn",
+    reason="builds the source tree, and the tested fastrnn is an installed one",
 )
 
 
@@ -50,11 +50,37 @@ def run(tree: Path, *command: str, **environment: str) -> str:
     return done.stdout
 
 
-def passed(output: str) -> int:
-    return int(re.search(r"(\d+) passed", output)[1])
+EXPLAIN_AND_TEST = """
+import sys, pytest, torch, fastrnn
+m, x = fastrnn.RNNBase("JANET", 3, 4), torch.randn(5, 2, 3)
+print(fastrnn.__file__, m(x)[0].shape, fastrnn.explain(m, x))
+options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not heavy", "--timeout", "300"]
+sys.exit(pytest.main([*options, *sys.argv[1:]]))
+"""
 
 
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not heavy")
+def explained_and_tested(tree: Path, files: list[str], names: str) -> tuple[str, int]:
+    """What `fastrnn.explain` reports of the cell, and the number of tests that pass."""
+    paths = [f"tests/test_{file}.py" for file in files]
+    output = run(tree, "-c", EXPLAIN_AND_TEST, *paths, "-k", names)
+    first, _, _ = output.partition("\n")
+    assert first.startswith(str(tree)) and "torch.Size([5, 2, 4])" in first
+    return output, int(re.search(r"(\d+) passed", output)[1])
+
+
+def build_for_one_instruction_set(tree: Path, cpp: str) -> None:
+    """Step 2 for the generic engine, which every processor runs."""
+    path = tree / "csrc/cells.inc"
+    text = path.read_text()
+    assert text.count("#define FASTRNN_CELLS(X)") == 1
+    text = text.replace("#define FASTRNN_CELLS(X)", cpp + "\n#define FASTRNN_CELLS(X)")
+    path.write_text(re.sub(r"(#define FASTRNN_CELLS\(X\).*)", r"\1 X(Janet)", text))
+    path = tree / "csrc/isa.h"
+    others = "#if defined(__x86_64__)\n\n#define FASTRNN_ISA"
+    text = path.read_text()
+    assert text.count(others) == 1
+    path.write_text(text.replace(others, others.replace("defined(__x86_64__)", "0")))
+    run(tree, "setup.py", "-q", "build_ext", "--inplace", FASTRNN_CXXFLAGS="-O1")
 
 
 def test_the_example_is_new() -> None:
@@ -62,39 +88,43 @@ def test_the_example_is_new() -> None:
 
 
 def test_a_cell_in_python_runs_on_the_reference(tree: Path) -> None:
+    """Its gradients are checked by finite differences: four layers, and a step."""
     extension = pytest.importorskip("fastrnn._cpp")
     shutil.copy(extension.__file__, tree / "src/fastrnn")
-    said = run(
-        tree,
-        "-c",
-        "import torch, fastrnn; m = fastrnn.RNNBase('JANET', 3, 4); x = torch.randn(5, 2, 3);"
-        "print(fastrnn.__file__, m(x)[0].shape, fastrnn.explain(m, x))",
+    output, passed = explained_and_tested(
+        tree, ["reference", "autograd"], "JANET and (gradcheck or new_sizes or saved or frozen)"
     )
-    assert str(tree) in said
-    assert "reference" in said
-    assert "not cpp: the extension has no cell JANET" in said
-    files = [
-        f"tests/test_{name}.py" for name in ("reference", "autograd", "bad_input", "operators")
-    ]
-    chosen = ("-k", "(JANET and not large) or every_cell or wrong_arguments")
-    assert passed(run(tree, *PYTEST, *files, *chosen)) > 0
+    assert "reference" in output
+    assert "not cpp: the extension has no cell JANET" in output
+    assert passed >= 8
+
+
+@pytest.mark.heavy
+def test_all_tests_of_a_cell_in_python(tree: Path) -> None:
+    extension = pytest.importorskip("fastrnn._cpp")
+    shutil.copy(extension.__file__, tree / "src/fastrnn")
+    _, passed = explained_and_tested(
+        tree,
+        ["reference", "autograd", "bad_input", "operators"],
+        "(JANET and not large) or wrong_arguments",
+    )
+    assert passed >= 20
 
 
 @pytest.mark.timeout(600)
-def test_a_cell_in_cpp_is_found_and_held_against_the_reference(tree: Path) -> None:
+def test_a_cell_in_cpp_matches_the_reference(tree: Path) -> None:
+    """Forward and all gradients, in both dtypes."""
     (cpp,) = blocks("cpp")
-    path = tree / "csrc/cells.inc"
-    text = path.read_text()
-    assert text.count("#define FASTRNN_CELLS(X)") == 1
-    text = text.replace("#define FASTRNN_CELLS(X)", cpp + "\n#define FASTRNN_CELLS(X)")
-    path.write_text(re.sub(r"(#define FASTRNN_CELLS\(X\).*)", r"\1 X(Janet)", text))
-    run(tree, "setup.py", "-q", "build_ext", "--inplace", FASTRNN_CXXFLAGS="-O1")
-    said = run(
-        tree,
-        "-c",
-        "import torch, fastrnn; m = fastrnn.RNNBase('JANET', 3, 4);"
-        "print(fastrnn.explain(m, torch.randn(5, 2, 3)))",
-    )
-    assert said.startswith("cpp:")
-    output = run(tree, *PYTEST, "tests/test_backends.py", "-k", "JANET", "--timeout", "300")
-    assert passed(output) > 20
+    build_for_one_instruction_set(tree, cpp)
+    output, passed = explained_and_tested(tree, ["backends"], "JANET and (test_layer or few_rows)")
+    assert " cpp: automatic choice" in output
+    assert passed >= 20
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_all_tests_of_a_cell_in_cpp(tree: Path) -> None:
+    (cpp,) = blocks("cpp")
+    build_for_one_instruction_set(tree, cpp)
+    _, passed = explained_and_tested(tree, ["backends"], "JANET")
+    assert passed >= 100

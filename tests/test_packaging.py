@@ -1,4 +1,4 @@
-"""What is shipped, what it links to, and which part may import which.
+"""The shipped files, what they link to, and which part may import which.
 
 The tests also run against an installed wheel. Those that read the source tree are skipped where
 there is none beside the tests.
@@ -8,8 +8,10 @@ import ast
 import doctest
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from cases import needs_extension, said
+from support import needs_extension, run_script
 
 import fastrnn
 from fastrnn.dispatch import BACKENDS
@@ -37,13 +39,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "fastrnn"
 KERNELS = ROOT / "kernels"
 
-# From the top down. A part imports only itself and what stands below it; `fastrnn/__init__.py` may
+# From the top down. A part imports only itself and the parts below it; `fastrnn/__init__.py` may
 # import anything.
 LAYERS = [
     "__main__",
     "bptt",
     "convert",
     "diagnostics",
+    "explain",
     "init",
     "modules",
     "functional",
@@ -52,14 +55,14 @@ LAYERS = [
     "onnx",
     "dispatch",
     "backends",
+    "capture",
     "kernels",
-    "checks",
+    "layer",
     "cells",
-    "rows",
     "_cpp",
 ]
 
-# What a part may import besides the standard library, where that is not torch alone.
+# The packages that a part may import besides the standard library, where not torch alone.
 THIRD_PARTY = {
     "diagnostics": {"torch", "matplotlib"},
     "kernels": {"torch", "numba", "llvmlite", "triton", "rich"},
@@ -114,7 +117,7 @@ def imports(path: Path, module: str) -> Iterator[Import]:
 
 
 def all_imports() -> list[tuple[str, str, Import]]:
-    """Each import in the shipped files: where it stands, the module it stands in, and itself."""
+    """Each import in the shipped files: its place, its module, and the import."""
     return [
         (f"{path.relative_to(ROOT)}:{found.line}", module, found)
         for path, module in source_files()
@@ -123,17 +126,39 @@ def all_imports() -> list[tuple[str, str, Import]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".bptt", ".convert", ".diagnostics", ".dispatch", ".init", ".modules"]
+    "name",
+    [
+        "",
+        ".bptt",
+        ".convert",
+        ".diagnostics",
+        ".dispatch",
+        ".explain",
+        ".init",
+        ".modules.layers",
+        ".modules.cells",
+    ],
 )
 def test_examples_in_docstrings(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"fastrnn{name}"))
     assert found.attempted and not found.failed
 
 
-def test_all_that_is_public_is_documented() -> None:
-    for name in fastrnn.__all__:
-        thing = vars(fastrnn)[name]
-        assert thing.__doc__, name  # its own, not inherited
+def test_public_names_are_documented() -> None:
+    """Each class and function by itself, and each parameter of a function by its name."""
+    modules = [fastrnn, *filter(inspect.ismodule, map(vars(fastrnn).get, fastrnn.__all__))]
+    assert len(modules) > 1
+    for module in modules:
+        for name in module.__all__:
+            thing = vars(module)[name]
+            if not isinstance(thing, type) and not inspect.isfunction(thing):
+                assert inspect.ismodule(thing) and thing.__doc__, name
+                continue
+            text = vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__
+            assert text and len(text.split()) > 5, name
+            if inspect.isfunction(thing):
+                for parameter in inspect.signature(thing).parameters:
+                    assert re.search(rf"\b{parameter}\b", text), f"{name}: {parameter}"
 
 
 @needs_tree
@@ -157,7 +182,7 @@ def test_imports_point_down_only() -> None:
 
 @needs_tree
 def test_backends_are_imported_lazily() -> None:
-    """`fastrnn.backends` itself only says what a backend is."""
+    """`fastrnn.backends` itself only defines the protocol."""
     backends = re.compile(r"fastrnn\.(backends\.\w+|kernels\b.*|_cpp)")
     wrong = [
         f"{place}: imports {found.name} with the module"
@@ -214,7 +239,7 @@ def test_import_costs_little_more_than_torch(tmp_path: Path) -> None:
         import fastrnn
         print(*set(sys.modules) - before)
     """
-    new = set(said(script, tmp_path).split())
+    new = set(run_script(script, tmp_path).split())
     slow = {
         "matplotlib",
         "numba",
@@ -239,33 +264,31 @@ def test_import_starts_no_thread(tmp_path: Path) -> None:
         fastrnn.LSTM(3, 4)
         print(len(os.listdir("/proc/self/task")) - before)
     """
-    assert said(script, tmp_path) == "0"
+    assert run_script(script, tmp_path) == "0"
 
 
 def test_a_second_process_does_not_compile(tmp_path: Path) -> None:
     pytest.importorskip("numba")
     script = """
         import torch, fastrnn
-        for dtype in (torch.float32, torch.float64):
-            for cls in (fastrnn.RNN, fastrnn.GRU, fastrnn.LSTM):
-                x = torch.randn(2, 3, 4, dtype=dtype)
-                with fastrnn.use_backend("numba"):
-                    cls(4, 5, dtype=dtype)(x)[0].sum().backward()
+        for cls, dtype in ((fastrnn.LSTM, torch.float32), (fastrnn.RNN, torch.float64)):
+            with fastrnn.use_backend("numba"):
+                cls(4, 5, dtype=dtype)(torch.randn(2, 3, 4, dtype=dtype))[0].sum().backward()
         from fastrnn.kernels.numba import cells, launch, sequence
         hits = 0
-        for element in launch.ELEMENTS.values():
-            for loop in sequence.compiled(element):
+        for mode, dtype in (("LSTM", torch.float32), ("RNN_TANH", torch.float64)):
+            for loop in sequence.compiled(launch.ELEMENTS[dtype]):
                 hits += sum(loop.stats.cache_hits.values())
-            for mode in ("RNN_TANH", "GRU", "LSTM"):
-                hits += sum(function.cache_hits for function in cells.compiled(mode, element))
+            for function in cells.compiled(mode, launch.ELEMENTS[dtype]):
+                hits += function.cache_hits
         print(hits)
     """
-    runs = [int(said(script, tmp_path, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2)]
-    assert runs == [0, 2 * (2 + 3 * 2)]
+    runs = [int(run_script(script, tmp_path, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2)]
+    assert runs == [0, 2 * (2 + 2)]
 
 
 def test_processes_with_other_vectors_share_no_kernels(tmp_path: Path) -> None:
-    """As on a cluster of different machines, told to compile for what they have in common."""
+    """As on a cluster of different machines that compile for their common features."""
     pytest.importorskip("numba")
     script = """
         import llvmlite.binding as llvm
@@ -281,33 +304,50 @@ def test_processes_with_other_vectors_share_no_kernels(tmp_path: Path) -> None:
     """
     shared = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic"}
     old = "llvm.get_host_cpu_features = lambda: {}"
-    widths = [int(said(script.format(first=first), tmp_path, **shared)) for first in ("", old)]
+    widths = [
+        int(run_script(script.format(first=first), tmp_path, **shared)) for first in ("", old)
+    ]
     assert widths[1] == 16
 
 
-def test_a_numba_that_does_not_work_is_said_to(tmp_path: Path) -> None:
+def test_info_reports_a_broken_numba(tmp_path: Path) -> None:
     pytest.importorskip("numba")
     (tmp_path / "numba.py").write_text("raise ImportError('NumPy is too new')")
     script = "import runpy; runpy.run_module('fastrnn', run_name='__main__')"
-    found = said(f"import sys; sys.argv = ['fastrnn', 'info']; {script}", PYTHONPATH=str(tmp_path))
+    found = run_script(
+        f"import sys; sys.argv = ['fastrnn', 'info']; {script}", PYTHONPATH=str(tmp_path)
+    )
     assert re.search(r"^  numba +cannot run: .*NumPy is too new", found, re.MULTILINE), found
 
 
-def test_info_says_what_runs_here(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastrnn", "info"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """The output of `python -m` with these arguments."""
+    monkeypatch.setattr(sys, "argv", list(arguments))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(arguments[0], run_name="__main__")
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+def test_info_reports_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = printed(monkeypatch, capsys, "fastrnn", "info")
     for word in ("fastrnn", "python", "torch", "processor", "threads", "OpenMP", *BACKENDS):
-        assert re.search(rf"^ *{word} ", said, re.MULTILINE), said
-    assert fastrnn.__version__ in said and str(Path(fastrnn.__file__).parent) in said
+        assert re.search(rf"^ *{word} ", info, re.MULTILINE), info
+    assert fastrnn.__version__ in info and str(Path(fastrnn.__file__).parent) in info
 
 
 @needs_tree
-def test_tables_in_the_documents_are_what_is_printed(tmp_path: Path) -> None:
+def test_tables_in_the_documents_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("triton", "3.6")
-    command = [sys.executable, "-m", "fastrnn.kernels.triton", "--cost"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     document = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    assert f"<!-- paper -->\n{run.stdout}<!-- /paper -->" in document
+    table = printed(monkeypatch, capsys, "fastrnn.kernels.triton", "--cost")
+    assert f"<!-- paper -->\n{table}<!-- /paper -->" in document
     command = [sys.executable, str(ROOT / "bench" / "graphs.py"), "docs/benchmarks/h200.json"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"<!-- h200 -->\n{run.stdout}<!-- /h200 -->" in document
@@ -334,7 +374,7 @@ BUILD = """
 def test_a_build_without_the_extension(
     changed: dict[str, Any], environment: dict[str, str], why: str
 ) -> None:
-    """It goes on, and says what is missing; unless the extension is required."""
+    """The build continues and reports the reason, unless the extension is required."""
     pytest.importorskip("pybind11")
     for required in (False, True):
         run = subprocess.run(
@@ -351,7 +391,7 @@ def test_a_build_without_the_extension(
 @needs_tree
 @needs_extension
 def test_an_extension_that_does_not_compile(tmp_path: Path) -> None:
-    """It is left out as well, though a trial of the compiler went well."""
+    """It is left out as well, though the trial of the compiler succeeded."""
     pytest.importorskip("pybind11")
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
     command += ["--build-temp", str(tmp_path / "objects"), "--force"]
@@ -388,8 +428,8 @@ def test_extension_lies_in_the_package() -> None:
 def test_extension_links_to_the_system_only() -> None:
     """Not to torch, whose releases it must outlive, nor to an OpenMP runtime of its own.
 
-    libgomp under its plain name is the one that torch has loaded. Clang, in a build of one's own,
-    links to its libomp, and says where that lies.
+    libgomp under its plain name is the one that torch has loaded. A build with Clang links to
+    Clang's libomp, and has its path.
     """
     run = subprocess.run(
         ["readelf", "--dynamic", "--wide", extension()],

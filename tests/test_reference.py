@@ -7,9 +7,9 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from cases import (
+from support import (
     CASES,
-    GRID,
+    GRID_SIZES,
     LAYERS,
     OPTIONS,
     SIZES,
@@ -19,6 +19,8 @@ from cases import (
     call,
     data,
     evaluate,
+    grid,
+    naming,
     ours,
     shaped,
     theirs,
@@ -29,10 +31,6 @@ from torch.func import functional_call
 import fastrnn
 from fastrnn import functional
 from fastrnn.cells import CELLS
-
-
-def known(cases: list[Case]) -> list[Case]:
-    return [c for c in cases if c.mode in LAYERS]
 
 
 def assert_is_torch(case: Case) -> None:
@@ -49,7 +47,7 @@ def test_every_pair_of_values_has_a_case() -> None:
         assert have == want, (a, b)
 
 
-@pytest.mark.parametrize("case", known(CASES), ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.mode in LAYERS], ids=str)
 def test_layer_is_torchs(case: Case) -> None:
     assert_is_torch(case)
 
@@ -59,15 +57,15 @@ ONE_SIZE = (3, 5, 1, 63)
 
 # All options together at one size, and in the heavy run at every size.
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, marks=() if (c.T, c.B, c.I, c.H) == ONE_SIZE else pytest.mark.heavy)
-        for c in known(GRID)
-    ],
+    "sizes",
+    [s if s == ONE_SIZE else pytest.param(s, marks=pytest.mark.heavy) for s in GRID_SIZES],
     ids=str,
 )
-def test_layer_is_torchs_grid(case: Case) -> None:
-    assert_is_torch(case)
+@pytest.mark.parametrize("mode", LAYERS)
+def test_layer_is_torchs_grid(mode: str, sizes: tuple[int, int, int, int]) -> None:
+    for case in grid(mode, sizes):
+        with naming(case):
+            assert_is_torch(case)
 
 
 @pytest.mark.parametrize("mode", STEPS)
@@ -98,7 +96,7 @@ def test_cell_is_torchs(mode: str, bias: bool, with_hx: bool, shape: tuple[int, 
 
 
 SMALL = [
-    Case(mode, directions, 1, True, layout, projected, True, T=3, B=2, I=2, H=2)
+    Case(mode, directions=directions, layout=layout, projected=projected, T=3, B=2, I=2, H=2)
     for mode, directions, layout, projected in product(
         CELLS, (1, 2), ("dense", "unsorted"), (False, True)
     )
@@ -129,7 +127,7 @@ def test_gradcheck(case: Case) -> None:
 
 @pytest.mark.parametrize("mode", CELLS)
 def test_gradcheck_of_a_step(mode: str) -> None:
-    case = Case(mode, 1, 1, True, "dense", False, True, T=1, B=2, I=3, H=2)
+    case = Case(mode, T=1, B=2, I=3, H=2)
     d = data(case, torch.float64)
     assert d.hx is not None
     leaves = [d.x[0], *(s[0] for s in d.hx), *ours(case, torch.float64).parameters()]
@@ -145,8 +143,8 @@ def test_gradcheck_of_a_step(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", CELLS)
 def test_new_sizes_do_not_change_what_a_sequence_gives(mode: str) -> None:
-    """A packed batch gives each sequence what it gets alone: the judge of cells torch lacks."""
-    case = Case(mode, 2, 2, True, "unsorted", False, True, T=5, B=4, I=3, H=6)
+    """Each sequence of a packed batch as if alone: the oracle for cells that torch lacks."""
+    case = Case(mode, directions=2, layers=2, layout="unsorted", T=5, B=4, I=3)
     d = data(case, torch.float64)
     module = ours(case, torch.float64)
     assert d.lengths is not None and d.hx is not None

@@ -97,7 +97,7 @@ def _share(
 
 
 def _over_steps(arguments: _Arguments, first: int, end: int) -> tuple[Any, ...]:
-    """With the range of steps or turns, which are the last two parameters."""
+    """The arguments with a range of steps or turns, the last two parameters."""
     return (*arguments[:-2], first, end)
 
 

@@ -40,7 +40,8 @@ def rnn(
     Args:
         cell: one of :data:`fastrnn.cells.CELLS`.
         input: ``[T, B, I]``, or with ``batch_sizes`` the rows of a packed batch, ``[N, I]``.
-        weights: ``weights[layer][direction]``, with the shapes of :class:`fastrnn.layer.Weights`.
+        weights: ``weights[layer][direction]``, each a :class:`fastrnn.layer.Weights` or a tuple of
+            its five fields.
         hx: the initial state, one tensor per state of the cell: h ``[L*D, B, P]``, the others
             ``[L*D, B, H]``, for L layers of D directions. None is zero.
         batch_sizes: as in :class:`torch.nn.utils.rnn.PackedSequence`: int64, on the CPU.
@@ -60,6 +61,8 @@ def rnn(
         RuntimeError: sizes, dtypes or devices do not fit together, or T = 0.
         fastrnn.BackendError: the selected backend cannot run this.
     """
+    if type(weights[0][0]) is not Weights:
+        weights = [[Weights(*w) for w in directions] for directions in weights]
     if (dtype := autocast_dtype(input)) is not None:
         weights = [[Weights(*to_dtype(dtype, w)) for w in directions] for directions in weights]
         input, hx = input.to(dtype), None if hx is None else to_dtype(dtype, hx)
@@ -117,6 +120,8 @@ def step(
     Raises:
         ValueError, RuntimeError, fastrnn.BackendError: as :func:`rnn`.
     """
+    if type(weights) is not Weights:
+        weights = Weights(*weights)
     if (dtype := autocast_dtype(input)) is not None:
         weights = Weights(*to_dtype(dtype, weights))
         input, hx = input.to(dtype), None if hx is None else to_dtype(dtype, hx)

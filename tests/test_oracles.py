@@ -1,5 +1,5 @@
-"""Judges that are not ours: torch's own inputs for its modules, torch.nn over all options at once,
-and onnxruntime."""
+"""Oracles from outside: torch's own inputs for its modules, torch.nn over all options at once, and
+onnxruntime."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from support import (
     LAYERS,
     Case,
     Results,
@@ -19,8 +21,6 @@ from cases import (
     theirs,
     valid,
 )
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -36,7 +36,7 @@ NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_torchs_own_inputs(name: str, dtype: torch.dtype, training: bool) -> None:
-    """What torch tests its modules with: outputs and the gradients of all that has one."""
+    """The inputs of torch's own module tests: outputs, and the gradients of every leaf."""
     pytest.importorskip("expecttest")
     from torch.testing._internal.common_modules import module_db
 
