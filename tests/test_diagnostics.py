@@ -111,7 +111,7 @@ def test_one_sequence_and_a_plot() -> None:
 @pytest.mark.parametrize(
     "module,input,error,message",
     [
-        (torch.nn.LSTM(3, 4), torch.randn(5, 2, 3), TypeError, "convert makes it one"),
+        (torch.nn.LSTM(3, 4), torch.randn(5, 2, 3), TypeError, "convert makes one"),
         (fastrnn.LSTM(3, 4), [1.0], TypeError, "expected a Tensor, got list"),
         (fastrnn.LSTM(3, 4), torch.randn(5, 2, 4), RuntimeError, "Expected 3, got 4"),
     ],

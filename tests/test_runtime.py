@@ -186,7 +186,7 @@ def test_numba_starts_no_more_kernels_at_once_than_threads(
 ) -> None:
     from fastrnn.kernels.numba import launch
 
-    monkeypatch.setattr(launch, "_share", lambda arguments, scratch, *share: share)
+    monkeypatch.setattr(launch, "_share", lambda arguments, scratch, *share: (*share, 0, 0))
     for threads, directions, shares in ((1, 2, 2), (2, 1, 2), (3, 2, 2), (4, 2, 4), (4, 1, 4)):
         set_threads(threads)
         calls: list[Any] = []
@@ -204,7 +204,7 @@ def test_numba_waits_for_its_threads_whatever_comes_between(
     from fastrnn.kernels.numba import launch
 
     set_threads(2)
-    monkeypatch.setattr(launch, "_share", lambda arguments, scratch, *share: share)
+    monkeypatch.setattr(launch, "_share", lambda arguments, scratch, *share: (*share, 0, 0))
     begun, finished = threading.Event(), []
 
     def kernel(d: int, begin: int, *_: Any) -> None:
