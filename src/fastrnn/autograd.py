@@ -25,7 +25,6 @@ from fastrnn.capture import (
     unwrapped,
 )
 from fastrnn.cells import State
-from fastrnn.dispatch import load_layer_backend
 from fastrnn.layer import Layer, filled
 
 __all__ = ["apply_layer"]
@@ -66,7 +65,9 @@ def apply_layer(backend: LayerBackend, layer: Layer, x: Tensor) -> tuple[Tensor,
 
 def _reference(layer: Layer, x: Tensor) -> tuple[Tensor, State]:
     """The layer in torch's own operators."""
-    out, final, _ = load_layer_backend("reference").forward(layer, x, save=False)
+    from fastrnn.backends import reference  # not by name: torch's compiler traces this import
+
+    out, final, _ = reference.forward(layer, x, save=False)
     return out, final
 
 

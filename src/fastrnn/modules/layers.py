@@ -208,8 +208,8 @@ class RNNBase(TorchLayer):
     def _forward_lengths(self, input: Any, hx: Any, lengths: Any) -> tuple[Tensor, Any]:
         if is_jit_tracing():
             raise RuntimeError(
-                "lengths are not supported under torch.jit.trace, which would keep their values as "
-                "constants: expected an input without lengths, or pack_padded_sequence"
+                "torch.jit.trace: expected an input without lengths, whose values the trace would "
+                "keep as constants; use pack_padded_sequence instead"
             )
         if not isinstance(input, Tensor) or input.dim() != 3:
             got = f"{input.dim()}D" if isinstance(input, Tensor) else type(input).__name__
