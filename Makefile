@@ -58,6 +58,9 @@ test: $(VENV)/.dev ## run the tests except the heavy ones
 coverage: $(VENV)/.dev ## run the same tests and check line coverage
 	$(pytest) $(parallel) -m "not heavy" tests --cov
 
+mutants: $(VENV)/.dev ## plant faults one at a time and report which test finds each; MUTANTS= selects some
+	$(bin)/python tests/mutants.py $(MUTANTS)
+
 heavy: $(VENV)/.dev ## run the heavy tests: full grids, long sequences, every example with every cell
 	$(pytest) -m heavy --timeout 1800 -o faulthandler_timeout=1860 tests
 

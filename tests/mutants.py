@@ -152,8 +152,8 @@ MUTANTS = (
     Mutant(
         "dot products ignore the last elements",
         "csrc/product.inc",
-        "  if (k < K) {\n    const int n = static_cast<int>(K - k);\n    const V x = load(a + k, n);",
-        "  if (false) {\n    const int n = static_cast<int>(K - k);\n    const V x = load(a + k, n);",
+        "  if (k < K) {\n    const int n = static_cast<int>(K - k);\n",
+        "  if (false) {\n    const int n = static_cast<int>(K - k);\n",
         CPP,
     ),
     Mutant(
