@@ -20,7 +20,7 @@ junctions := build/usr/lib/R/site-library/mlbench/data/DNA.rda
 selftest := build/selftest-$(notdir $(lastword $(CXX)))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo gallery junctions test coverage heavy test-isa test-numba test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
+.PHONY: help demo gallery junctions test coverage mutants heavy test-isa test-numba test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
 	wheel matrix aarch64 clean
 
 help: ## list the targets
