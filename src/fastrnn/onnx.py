@@ -6,7 +6,6 @@ takes any length and batch. Source: the ONNX operators RNN, GRU and LSTM, versio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,11 +39,11 @@ def emit_node(layer: Layer, x: Tensor) -> tuple[Tensor, State]:
     """As :func:`fastrnn.autograd.apply_layer`."""
     cell, (T, B, _) = layer.cell, x.shape
     D, H = layer.D, layer.P
-    ih, hh, bias_ih, bias_hh, _ = zip(*layer.weights, strict=True)
     bias = None
-    if bias_ih[0] is not None:
-        bias = torch.cat([_stacked(cell, bias_ih), _stacked(cell, bias_hh)], 1)
-    inputs = [x, _stacked(cell, ih), _stacked(cell, hh), bias, None, *(layer.state or ())]
+    if layer.weights[0].bias_ih is not None:
+        bias = torch.cat([_stacked(layer, "bias_ih"), _stacked(layer, "bias_hh")], 1)
+    weights = (_stacked(layer, "ih"), _stacked(layer, "hh"))
+    inputs = [x, *weights, bias, None, *(layer.state or ())]
     attributes: dict[str, Any] = {
         "hidden_size": H,
         "direction": "bidirectional" if D == 2 else "forward",
@@ -60,8 +59,8 @@ def emit_node(layer: Layer, x: Tensor) -> tuple[Tensor, State]:
     return y.transpose(1, 2).flatten(2), tuple(finals)
 
 
-def _stacked(cell: Cell, weights: Sequence[Tensor]) -> Tensor:
+def _stacked(layer: Layer, field: str) -> Tensor:
     """One weight of all directions, its gates in ONNX's order."""
-    order = [cell.gates.index(gate) for gate in _GATES[cell.mode]]
-    gates = (w.chunk(len(order)) for w in weights)
+    order = [layer.cell.gates.index(gate) for gate in _GATES[layer.cell.mode]]
+    gates = [getattr(w, field).chunk(layer.G) for w in layer.weights]
     return torch.stack([torch.cat([each[k] for k in order]) for each in gates])

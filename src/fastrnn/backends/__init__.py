@@ -95,7 +95,7 @@ class StackSizes(NamedTuple):
     compiled: bool = False
 
 
-class _Module(Protocol):
+class BackendModule(Protocol):
     """What every module in :mod:`fastrnn.backends` offers."""
 
     __name__: str
@@ -123,7 +123,7 @@ class _Module(Protocol):
         """A few words on how it runs here, for ``explain`` and bug reports."""
 
 
-class StackBackend(_Module, Protocol):
+class StackBackend(BackendModule, Protocol):
     """A backend that runs whole stacks of layers, and that torch differentiates."""
 
     kind: Literal["stack"]
@@ -142,7 +142,7 @@ class StackBackend(_Module, Protocol):
         """Run one step of a cell, as :func:`fastrnn.functional.step`."""
 
 
-class LayerBackend(_Module, Protocol):
+class LayerBackend(BackendModule, Protocol):
     """A backend that runs one layer, forward and backward.
 
     Attributes:
