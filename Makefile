@@ -199,11 +199,11 @@ build/sanitized: setup.py $(filter-out csrc/selftest.cpp, $(csrc)) \
 		--build-temp $@/objects --force
 	cp -r src/fastrnn/*.py src/fastrnn/backends $@/fastrnn
 
-# The flags of the vector maths are those of setup.py.
+# The floating-point flags are those of setup.py.
 $(selftest): more := $(sanitizers) -Wno-unknown-pragmas
 $(selftest)-openmp: more := $(sanitizers) -fopenmp
-# GCC's OpenMP does not tell the sanitizer who waits for whom. Clang's does, through Archer. It sees
-# vectors of 16 bytes at most, which are those of the generic engine.
+# GCC's OpenMP does not report synchronisation to the sanitizer. Clang's does, through Archer. It
+# handles vectors of 16 bytes at most, which are those of the generic engine.
 build/selftest-threads: CXX := clang++
 build/selftest-threads: more := -fsanitize=thread -fopenmp
 build/selftest-aarch64: CXX := aarch64-linux-gnu-g++
