@@ -1,5 +1,5 @@
 // The engine's entry points: one table of functions for each instruction set that was compiled in,
-// and what it reports about its cells.
+// and the sizes of its cells.
 #pragma once
 
 #include <vector>

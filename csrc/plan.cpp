@@ -17,7 +17,7 @@ constexpr double kSerialFlops = 5e5;
 constexpr double kShortFlops = 5e8;
 // Flops per second of one thread, in steps so small that a barrier may not pay.
 constexpr double kStepRate = 1e11;
-// Sharing a step is worth it if it saves this many times what a barrier costs, since every thread
+// Sharing a step is worth it if it saves this many times the cost of a barrier, since every thread
 // then waits for the other threads' h too. Above the second factor the barrier is not measured.
 constexpr double kMinGain = 3;
 constexpr double kMinGainUnmeasured = 60;
@@ -57,7 +57,7 @@ bool Plan::worth_splitting_units(int64_t B, int D, bool deterministic, double fl
   const double by_units = D * cost(static_cast<double>(B)) / threads;
   const double by_sequences = cost(std::ceil(static_cast<double>(B * D) / threads));
   const bool starved = bytes > kCoreCache && B < kRowsThatHideWeights * threads && D < threads;
-  // What sharing a step saves must be more than the barrier after it.
+  // The time that sharing a step saves must exceed the cost of the barrier after it.
   const double gain = flops * static_cast<double>(B) / kStepRate * (1 - 1.0 / threads);
   if (!(by_units < 0.9 * by_sequences || starved) || gain <= kMinGain * kBarrierSeconds) {
     return false;
