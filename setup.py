@@ -119,8 +119,8 @@ class BuildExt(build_ext):
         for extension in self.extensions:
             extension.extra_compile_args = [*CXXFLAGS, *openmp, *more]
             # No rpath and no copy of libgomp: its plain name resolves to the copy that torch has
-            # loaded, so torch.set_num_threads applies here too. Clang links libomp instead, of which
-            # torch is unaware.
+            # loaded, so torch.set_num_threads applies here too. Clang links libomp instead, which
+            # torch does not use.
             extension.extra_link_args = openmp
         super().build_extensions()
 
