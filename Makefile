@@ -211,8 +211,8 @@ build/sanitized: setup.py $(filter-out csrc/selftest.cpp, $(csrc)) \
 # The floating-point flags are those of setup.py.
 $(selftest): more := $(sanitizers) -Wno-unknown-pragmas
 $(selftest)-openmp: more := $(sanitizers) -fopenmp
-# The OpenMP of GCC does not report its synchronisation to the thread sanitizer. That of Clang does,
-# through Archer. The sanitizer sees vectors of at most 16 bytes, which the generic engine uses.
+# GCC's OpenMP does not report synchronisation to the sanitizer. Clang's does, through Archer. It
+# handles vectors of 16 bytes at most, which are those of the generic engine.
 build/selftest-threads: CXX := clang++
 build/selftest-threads: more := -fsanitize=thread -fopenmp
 build/selftest-aarch64: CXX := aarch64-linux-gnu-g++

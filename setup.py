@@ -1,15 +1,15 @@
-"""Build `fastrnn._cpp`. Everything else is said in pyproject.toml.
+"""Build the extension `fastrnn._cpp`. All other metadata is in pyproject.toml.
 
-The extension gets addresses and sizes from Python and is not linked to torch, so one build serves
-every torch release.
+The extension gets addresses and sizes from Python and is not linked to torch, so one build works
+with every torch release.
 
 Environment:
     CC, CXX              the compiler, GCC or Clang
     FASTRNN_CXXFLAGS     more compiler flags, after the ones below
     FASTRNN_NO_OPENMP    1 to build without OpenMP
-    FASTRNN_NO_CPP       1 to leave the extension out; the backends in Python work without it, and
-                         the wheel is one for every platform
-    FASTRNN_REQUIRE_CPP  1 to fail where the extension cannot be built, which otherwise is left out
+    FASTRNN_NO_CPP       1 to build without the extension; the backends in Python work without it,
+                         and the wheel is the same for every platform
+    FASTRNN_REQUIRE_CPP  1 to fail if the extension cannot be built; otherwise it is left out
 """
 
 import os
@@ -25,12 +25,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, PlatformError
 
-# setuptools puts its own in place.
+# setuptools replaces this module by its own.
 from distutils.ccompiler import new_compiler  # isort: skip
 from distutils.sysconfig import customize_compiler  # isort: skip
 
 # No -ffast-math: linking with it can turn on flush-to-zero for the whole process. No -march=native:
-# a wheel runs on other machines, and the sources pick the instruction set at run time.
+# a wheel runs on other machines, and the engine selects the instruction set at run time.
 CXXFLAGS = [
     "-std=c++17",
     "-O3",
@@ -41,7 +41,7 @@ CXXFLAGS = [
     "-ffp-contract=fast",
 ]
 
-# What the sources are written in: GNU C++17, and Python's headers.
+# What the sources require: GNU C++17, and Python's headers.
 TRIAL = """
 #include <Python.h>
 #include <type_traits>
@@ -69,13 +69,13 @@ EXTENSION = Extension(
     include_dirs=[pybind11.get_include()],
     depends=sorted(glob("csrc/*.h") + glob("csrc/*.inc")),
     language="c++",
-    # What the trials did not foresee is a warning too.
+    # A failure that the trials did not predict is a warning too.
     optional=not REQUIRED,
 )
 
 
 def fails(compiler, source: str, flags: list[str], link: bool) -> str | None:
-    """What a compiler says of a source that it cannot compile; None if it can."""
+    """The compiler's error for a source that it cannot compile; None if it can."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "trial.cpp")
         path.write_text(source)
@@ -95,16 +95,16 @@ def fails(compiler, source: str, flags: list[str], link: bool) -> str | None:
 
 
 def without_extension() -> str | None:
-    """Why the extension is left out; None if it can be built."""
+    """The reason to leave the extension out; None if it can be built."""
     if os.environ.get("FASTRNN_NO_CPP") == "1":
         return "FASTRNN_NO_CPP=1"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return "it relies on the lock that this free-threaded Python does without"
+        return "it requires the GIL, and free-threaded Python is not supported"
     compiler = new_compiler()
     if compiler.compiler_type != "unix":
         return (
-            "it is written in GNU C++17, for GCC or Clang on Linux or macOS, and this compiler is "
-            f"of type {compiler.compiler_type!r}"
+            "it requires GCC or Clang on Linux or macOS, got a compiler of type "
+            f"{compiler.compiler_type!r}"
         )
     customize_compiler(compiler)
     compiler.add_include_dir(sysconfig.get_path("include"))
@@ -118,9 +118,9 @@ class BuildExt(build_ext):
         more = shlex.split(os.environ.get("FASTRNN_CXXFLAGS", ""))
         for extension in self.extensions:
             extension.extra_compile_args = [*CXXFLAGS, *openmp, *more]
-            # No rpath and no copy of libgomp: under its plain name it is the one that torch has
-            # loaded, and torch.set_num_threads holds here too. Clang brings libomp instead, which
-            # torch does not know of.
+            # No rpath and no copy of libgomp: its plain name resolves to the copy that torch has
+            # loaded, so torch.set_num_threads applies here too. Clang links libomp instead, which
+            # torch does not use.
             extension.extra_link_args = openmp
         super().build_extensions()
 
@@ -136,8 +136,8 @@ class BuildExt(build_ext):
 
 left_out = without_extension()
 if left_out:
-    message = f"fastrnn's C++ extension is left out: {left_out}"
+    message = f"the fastrnn C++ extension is left out: {left_out}"
     if REQUIRED:
-        raise SystemExit(f"{message}; and FASTRNN_REQUIRE_CPP=1 asks for it")
+        raise SystemExit(f"{message}; FASTRNN_REQUIRE_CPP=1 makes this an error")
     print(f"warning: {message}", file=sys.stderr)
 setup(cmdclass={"build_ext": BuildExt}, ext_modules=[] if left_out else [EXTENSION])

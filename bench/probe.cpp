@@ -1,6 +1,6 @@
-// What this machine could do at most: multiply-adds, and reading from each level of memory, on a
-// number of threads at once. Prints JSON. Usage: probe THREADS [flops]
-// With "flops" the multiply-adds alone, which takes a fifth of a second.
+// The peak rates of this machine: multiply-adds, and reading from each level of memory, on several
+// threads at once. Prints JSON. Usage: probe THREADS [flops]
+// With "flops", only the multiply-adds, which takes a fifth of a second.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -21,15 +21,15 @@ double seconds_since(Clock::time_point start) {
 volatile float g_sink;
 alignas(64) float g_factors[2] = {0.999f, 1e-7f};
 
-// A loop over independent chains of multiply-adds, as many as hide their latency.
+// A loop over independent chains of multiply-adds, enough of them to hide the latency.
 template <class V, int kChains>
 [[gnu::always_inline]] inline double multiply_adds(int64_t rounds) {
   V sum[kChains];
-  // Chains that began alike would be computed once.
+  // The compiler would compute chains with equal initial values only once.
 #pragma GCC unroll 16
   for (int c = 0; c < kChains; ++c) sum[c] = V{} + 1e-3f * c;
   for (int64_t i = 0; i < rounds; ++i) {
-    // Read anew in each round, or the rounds would be folded into one.
+    // The factors are read in each round, or the compiler would merge the rounds.
     asm volatile("" : : : "memory");
     const V a = V{} + g_factors[0], b = V{} + g_factors[1];
 #pragma GCC unroll 16
@@ -42,7 +42,7 @@ template <class V, int kChains>
   return 2.0 * rounds * kChains * (sizeof(V) / sizeof(float));
 }
 
-// Sums of a buffer, read in order.
+// Sums a buffer, read in order.
 template <class V>
 [[gnu::always_inline]] inline double read_all(const float* p, int64_t count, int64_t rounds) {
   constexpr int kLanes = sizeof(V) / sizeof(float);
@@ -105,10 +105,10 @@ Kernels best() {
   return {"generic", generic_fma, generic_read};
 }
 
-// Units per second of all threads together: the best of some trials in which all run at once.
+// Units per second of all threads together: the best of several trials in which all run at once.
 template <class Work>
 double rate(int threads, const Work& work) {
-  double most = 0;
+  double best = 0;
   for (int trial = 0; trial < 7; ++trial) {
     std::atomic<int> ready{0};
     std::vector<double> rates(threads);
@@ -127,9 +127,9 @@ double rate(int threads, const Work& work) {
     for (std::thread& t : team) t.join();
     double sum = 0;
     for (double r : rates) sum += r;
-    most = std::max(most, sum);
+    best = std::max(best, sum);
   }
-  return most;
+  return best;
 }
 
 }  // namespace
@@ -143,7 +143,7 @@ int main(int argc, char** argv) {
               threads, flops);
   const char* separator = "";
   const bool read = argc < 3 || std::strcmp(argv[2], "flops") != 0;
-  // All threads read the same buffer, each its own part, as they would a weight matrix.
+  // Each thread reads its own part of one buffer, as it would read a weight matrix.
   for (int64_t bytes = 32 << 10; read && bytes <= int64_t{128} << 20; bytes *= 2) {
     std::vector<float> buffer(bytes / sizeof(float), 1.0f);
     const int64_t part = static_cast<int64_t>(buffer.size()) / threads;

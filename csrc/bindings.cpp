@@ -1,5 +1,5 @@
-// The Python module fastrnn._cpp: every size is checked against what the engine will touch before
-// an address is used, and results are made here.
+// The Python module fastrnn._cpp. It checks the size of every tensor against the memory that the
+// engine will access before it uses an address, and it allocates the results.
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
@@ -8,14 +8,16 @@
 #include <vector>
 
 #include "engine.h"
+#include "parallel.h"
+#include "scratch.h"
 #include "tensor.h"
 
 using namespace fastrnn;
 
 namespace {
 
-// The sizes that a tensor must have; with `folded`, only the last must be as it is here, and the
-// number of elements.
+// The sizes that a tensor must have. With `folded`, only the last size and the number of elements
+// must agree.
 class Shape {
  public:
   Shape(std::initializer_list<int64_t> sizes, bool folded = false)
@@ -58,7 +60,7 @@ T* address_of(const Tensor& tensor, const char* name, const Shape& shape) {
   return tensor.data<T>();
 }
 
-// The address of a tensor that was made to be written to.
+// The address of a tensor that was allocated for a result.
 template <class T>
 T* writable(py::handle object, const Shape& shape) {
   const Tensor tensor(object, "result");
@@ -66,19 +68,19 @@ T* writable(py::handle object, const Shape& shape) {
   return address_of<T>(tensor, "result", shape);
 }
 
-// Results of so many bytes or more are made by a function of Python's, in memory that is kept: the
-// allocator would map, and the kernel clear, such memory anew in every call. Never given back, as a
-// static object would be after Python has gone.
+// Results of this size or more are allocated by a Python function, in memory that is reused: the
+// default allocator would map, and the kernel clear, such memory in every call. The reference is
+// never released, because a static destructor would run after Python has been finalised.
 size_t g_large = SIZE_MAX;
 PyObject* g_make_large = nullptr;
 
-// A new tensor like another, of some shape: the object, and its address.
+// Allocates a tensor with the dtype and device of `like`. Returns it, and its address in `address`.
 template <class T>
-py::object made(py::handle like, std::initializer_list<int64_t> shape, T*& address) {
-  PyObject* arguments[1 + Tensor::kMostDimensions] = {like.ptr()};
+py::object allocate(py::handle like, std::initializer_list<int64_t> shape, T*& address) {
+  PyObject* arguments[1 + Tensor::kMaxDimensions] = {like.ptr()};
   size_t count = 1;
   double bytes = sizeof(T);
-  py::object sizes[Tensor::kMostDimensions];
+  py::object sizes[Tensor::kMaxDimensions];
   for (int64_t size : shape) {
     bytes *= static_cast<double>(size);
     sizes[count - 1] = py::int_(size);
@@ -96,12 +98,13 @@ py::object made(py::handle like, std::initializer_list<int64_t> shape, T*& addre
   return tensor;
 }
 
-// torch may note a minus sign instead of carrying it out. The question costs as much as all others
-// together, and is not asked of weights: only a tensor that was made by torch's private _neg_view
-// can be contiguous and negated, or one of a single element.
+// torch may mark a tensor as negated instead of negating its elements. This check costs as much as
+// all others together, so it is not made for weights: a tensor can only be contiguous and negated
+// if it was made by torch's private _neg_view, or has a single element.
 bool negated(py::handle object) { return call(object, names().is_neg).ptr() == Py_True; }
 
-// The address of a tensor that is read, or of a contiguous copy. The copies live as long as this.
+// The addresses of tensors that are read, or of contiguous copies, which live as long as this
+// object.
 class Readable {
  public:
   template <class T>
@@ -112,7 +115,7 @@ class Readable {
   template <class T>
   const T* address(py::handle object, const char* name, const Shape& shape, bool data = true) {
     const Tensor tensor(object, name);
-    // Checked first, so that nothing is copied in vain.
+    // Checked first, so that a tensor of the wrong shape is not copied.
     const T* at = address_of<T>(tensor, name, shape);
     if (tensor.contiguous() && !(data && negated(object))) return at;
     copies_.push_back(call(call(object, names().contiguous), names().resolve_neg));
@@ -140,16 +143,16 @@ void expect_length(const py::tuple& items, size_t expected, const char* name) {
 const Engine& engine_named(const std::string& name) {
   for (const Engine* engine : engines()) {
     if (name == engine->name) {
-      if (!engine->runs_here()) fail("this processor does not run " + name);
+      if (!engine->runs_here()) fail("this processor does not support " + name);
       return *engine;
     }
   }
-  fail("no engine was compiled for " + name);
+  fail("the engine was not compiled for " + name);
 }
 
 constexpr size_t kWeights = 5;  // of a direction: w_ih, w_hh, b_ih, b_hh, w_hr
 
-// Lets other Python threads run, where the work is longer than giving the lock away and taking it.
+// Releases the GIL, if the work takes longer than releasing and acquiring it.
 class WithoutGil {
  public:
   explicit WithoutGil(double flops) {
@@ -160,7 +163,7 @@ class WithoutGil {
   std::optional<py::gil_scoped_release> release_;
 };
 
-// What forward and backward are both told of a layer.
+// The arguments that forward and backward have in common.
 struct Call {
   const Engine& engine;
   int cell;
@@ -230,15 +233,15 @@ struct Call {
 
   // [N, features], in the dimensions of x.
   template <class T>
-  py::object made_rows(py::handle like, int64_t features, T*& address) const {
-    return packed || step ? made<T>(like, {N, features}, address)
-                          : made<T>(like, {x.size(0), B, features}, address);
+  py::object allocate_rows(py::handle like, int64_t features, T*& address) const {
+    return packed || step ? allocate<T>(like, {N, features}, address)
+                          : allocate<T>(like, {x.size(0), B, features}, address);
   }
 
   template <class T>
-  py::object made_state(py::handle like, int k, T*& address) const {
+  py::object allocate_state(py::handle like, int k, T*& address) const {
     const int64_t size = k ? H : P;
-    return step ? made<T>(like, {B, size}, address) : made<T>(like, {D, B, size}, address);
+    return step ? allocate<T>(like, {B, size}, address) : allocate<T>(like, {D, B, size}, address);
   }
 
   template <class T>
@@ -246,14 +249,14 @@ struct Call {
     a.rows = &rows;
     a.I = I, a.H = H, a.P = P, a.D = static_cast<int>(D), a.threads = threads;
     a.deterministic = deterministic;
-    const int64_t gate_rows = info.gates * H;
+    const int64_t gate_size = info.gates * H;
     for (int64_t d = 0; d < D; ++d) {
       const py::tuple w = direction(weights, d);
       Weights<T>& to = a.weights[d];
-      to.ih = readable.weight<T>(w[0], "weight_ih", {{gate_rows, I}});
-      to.hh = readable.weight<T>(w[1], "weight_hh", {{gate_rows, P}});
-      to.bias_ih = readable.weight<T>(w[2], "bias_ih", {{gate_rows}});
-      to.bias_hh = readable.weight<T>(w[3], "bias_hh", {{gate_rows}});
+      to.ih = readable.weight<T>(w[0], "weight_ih", {{gate_size, I}});
+      to.hh = readable.weight<T>(w[1], "weight_hh", {{gate_size, P}});
+      to.bias_ih = readable.weight<T>(w[2], "bias_ih", {{gate_size}});
+      to.bias_hh = readable.weight<T>(w[3], "bias_hh", {{gate_size}});
       to.hr = readable.weight<T>(w[4], "weight_hr", {{P, H}});
       if (w[0].is_none() || w[1].is_none()) fail("expected weight_ih and weight_hh, got None");
       if (!to.bias_ih != !to.bias_hh) fail("expected both bias_ih and bias_hh or neither");
@@ -287,14 +290,14 @@ py::tuple forward_as(const Call& c, py::handle x, const py::tuple& weights, py::
   Readable readable;
   c.fill(a, weights, state, readable);
   a.x = readable.address<T>(x, "x", {{c.N, c.I}, true});
-  const py::object out = c.made_rows(x, c.D * c.P, a.out);
+  const py::object out = c.allocate_rows(x, c.D * c.P, a.out);
   py::tuple final(c.info.states);
-  // The only h of one step is the output, unless autograd must be able to tell them apart.
+  // One step has a single h, its output; autograd, however, needs two distinct tensors.
   const bool same = c.step && !save;
   if (same) final[0] = out, a.final[0] = a.out;
-  for (int k = same; k < c.info.states; ++k) final[k] = c.made_state(x, k, a.final[k]);
+  for (int k = same; k < c.info.states; ++k) final[k] = c.allocate_state(x, k, a.final[k]);
   py::object saved = py::none();
-  if (save) saved = made<T>(x, {c.D, c.N, c.info.kept(a.projected()), c.H}, a.saved);
+  if (save) saved = allocate<T>(x, {c.D, c.N, c.info.num_saved(a.projected()), c.H}, a.saved);
   {
     const WithoutGil release(c.flops());
     c.engine.forward(c.cell, a);
@@ -311,7 +314,7 @@ py::tuple backward_as(const Call& c, py::handle x, const py::tuple& weights, py:
   c.fill(a, weights, state, readable);
   a.x = readable.address<T>(x, "x", {{c.N, c.I}, true});
   a.out = readable.address<T>(out, "out", {{c.N, c.D * c.P}, true});
-  a.saved = readable.address<T>(saved, "saved", {{c.D, c.N, c.info.kept(a.projected()), c.H}});
+  a.saved = readable.address<T>(saved, "saved", {{c.D, c.N, c.info.num_saved(a.projected()), c.H}});
   a.dout = readable.optional<T>(dout, "dout", {{c.N, c.D * c.P}, true});
   c.states(dfinal, "dfinal", [&](int k, py::handle item, const Shape& shape) {
     a.dfinal[k] = readable.optional<T>(item, "dfinal", shape);
@@ -321,24 +324,24 @@ py::tuple backward_as(const Call& c, py::handle x, const py::tuple& weights, py:
   expect_length(needed, count, "needed");
   py::tuple gradients(count);
   size_t next = 0;
-  // make() for the next gradient, if it is needed and of something that is there.
-  const auto next_is = [&](bool there, const auto& make) {
-    const bool wanted = there && needed[next].ptr() == Py_True;
-    gradients[next++] = wanted ? make() : py::none();
+  // Stores make() as the next gradient, if its input is present and its gradient needed.
+  const auto next_is = [&](bool present, const auto& make) {
+    const bool is_needed = present && needed[next].ptr() == Py_True;
+    gradients[next++] = is_needed ? make() : py::none();
   };
-  next_is(true, [&] { return c.made_rows(x, c.I, a.dx); });
-  const int64_t gate_rows = c.info.gates * c.H;
+  next_is(true, [&] { return c.allocate_rows(x, c.I, a.dx); });
+  const int64_t gate_size = c.info.gates * c.H;
   for (int64_t d = 0; d < c.D; ++d) {
     const Weights<T>& w = a.weights[d];
     WeightGradients<T>& to = a.dweights[d];
-    next_is(true, [&] { return made<T>(x, {gate_rows, c.I}, to.ih); });
-    next_is(true, [&] { return made<T>(x, {gate_rows, c.P}, to.hh); });
-    next_is(w.bias_ih, [&] { return made<T>(x, {gate_rows}, to.bias_ih); });
-    next_is(w.bias_hh, [&] { return made<T>(x, {gate_rows}, to.bias_hh); });
-    next_is(w.hr, [&] { return made<T>(x, {c.P, c.H}, to.hr); });
+    next_is(true, [&] { return allocate<T>(x, {gate_size, c.I}, to.ih); });
+    next_is(true, [&] { return allocate<T>(x, {gate_size, c.P}, to.hh); });
+    next_is(w.bias_ih, [&] { return allocate<T>(x, {gate_size}, to.bias_ih); });
+    next_is(w.bias_hh, [&] { return allocate<T>(x, {gate_size}, to.bias_hh); });
+    next_is(w.hr, [&] { return allocate<T>(x, {c.P, c.H}, to.hr); });
   }
   for (int k = 0; k < static_cast<int>(states); ++k) {
-    next_is(true, [&] { return c.made_state(x, k, a.dstate[k]); });
+    next_is(true, [&] { return c.allocate_state(x, k, a.dstate[k]); });
   }
   {
     const WithoutGil release(3 * c.flops());
@@ -347,7 +350,7 @@ py::tuple backward_as(const Call& c, py::handle x, const py::tuple& weights, py:
   return gradients;
 }
 
-// The type of this tensor is the one that every other must have.
+// Calls run with a value of the tensor's element type, which every other tensor must have too.
 template <class Run>
 py::tuple with_type(const Tensor& tensor, const Run& run) {
   return tensor.element() == element_of<double> ? run(double()) : run(float());
@@ -366,7 +369,7 @@ PYBIND11_MODULE(_cpp, m) {
         return with_type(
             c.x, [&](auto zero) { return forward_as<decltype(zero)>(c, x, weights, state, save); });
       },
-      "Run a layer: (out, final, saved), with saved None unless it is asked for.");
+      "Run a layer: (out, final, saved), with saved None unless save is true.");
 
   m.def(
       "backward",
@@ -382,7 +385,7 @@ PYBIND11_MODULE(_cpp, m) {
       "The gradients of x, every weight and every state, None where not needed.");
 
   py::class_<Scratch>(m, "Scratch", py::buffer_protocol(),
-                      "Memory that is kept for reuse once nobody refers to it.")
+                      "Memory that is reused once no reference to it is left.")
       .def(py::init<size_t>(), py::arg("bytes"))
       .def_buffer([](Scratch& s) {
         return py::buffer_info(static_cast<uint8_t*>(s.data()), static_cast<py::ssize_t>(s.size()));
@@ -395,7 +398,7 @@ PYBIND11_MODULE(_cpp, m) {
         g_large = bytes, g_make_large = make.release().ptr();
       },
       py::arg("bytes"), py::arg("make"),
-      "Let make(like, *shape) make results of so many bytes or more.");
+      "Allocate results of this many bytes or more with make(like, *shape).");
 
   m.def(
       "cells",
@@ -404,11 +407,11 @@ PYBIND11_MODULE(_cpp, m) {
         const Engine& engine = *engines().back();
         for (int k = 0; k < engine.cells; ++k) {
           const CellInfo& c = engine.cell[k];
-          all.append(py::make_tuple(c.mode, c.gates, c.shared, c.states, c.saved, c.projectable));
+          all.append(py::make_tuple(c.mode, c.gates, c.summed, c.states, c.saved, c.projectable));
         }
         return py::tuple(all);
       },
-      "Every cell: (mode, gates, shared, states, saved, projectable).");
+      "Every cell: (mode, gates, summed, states, saved, projectable).");
 
   m.def(
       "isas",
@@ -419,10 +422,11 @@ PYBIND11_MODULE(_cpp, m) {
         }
         return py::tuple(names);
       },
-      "The instruction sets that were compiled in and run here, best first.");
+      "The instruction sets that were compiled in and that this processor supports, best first.");
 
-  m.def("threading", &threading, "Name of the threading library that was compiled in, or None.");
-  m.def("release", &Scratch::release, "Give back the memory that is kept for reuse.");
+  m.def("threading", &threading,
+        "The name of the threading library that was compiled in, or None.");
+  m.def("release", &Scratch::release, "Free the memory that is kept for reuse.");
   m.def("poison", &Scratch::poison, py::arg("on"),
         "Fill scratch memory with NaN before every use, for tests.");
 }

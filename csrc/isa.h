@@ -1,7 +1,7 @@
-// The engine, once per instruction set: the same .inc files in one namespace after another, each
-// under a target of its own, so that one module holds all of them and picks at run time. Every
-// standard header stands before the first target: an inline function of the standard library that
-// was compiled for AVX-512 could be the copy that the linker keeps for everybody.
+// The engine, once per instruction set: the same source, engine.inc, in one namespace after
+// another, each under its own target, so that one module contains all of them and selects one at
+// run time. Every standard header is included before the first target: the linker keeps one copy of
+// an inline function for the whole module, and that copy must not be compiled for AVX-512.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +16,9 @@
 #endif
 
 #include "engine.h"
+#include "parallel.h"
+#include "plan.h"
+#include "scratch.h"
 
 #define FASTRNN_INLINE [[gnu::always_inline]] inline
 
@@ -27,7 +30,7 @@
 #define FASTRNN_REGISTERS 16
 #endif
 #define FASTRNN_RUNS_HERE true
-#include "layer.inc"
+#include "engine.inc"
 #undef FASTRNN_ISA
 #undef FASTRNN_VECTOR_BYTES
 #undef FASTRNN_REGISTERS
@@ -45,7 +48,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
-#include "layer.inc"
+#include "engine.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -69,7 +72,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw,prefer-vector-width=512")
 #endif
-#include "layer.inc"
+#include "engine.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

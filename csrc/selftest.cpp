@@ -1,9 +1,9 @@
 // The engine's own test, without Python: for sanitizers, emulators and machines without torch.
 //
-// Every instruction set that runs here, every cell: the reverse against finite differences of the
-// forward pass in double, results of all instruction sets against each other, and bit-equal results
-// for any number of threads. Every buffer has exactly the size that the engine was told, so that a
-// sanitizer sees each step outside.
+// For every instruction set that the processor supports and every cell: the backward pass against
+// finite differences of the forward pass in double, the results of all instruction sets against
+// each other, and bit-equal results for any number of threads. Every buffer has exactly the size
+// that the engine expects, so that a sanitizer detects each access outside.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -17,6 +17,9 @@
 #include <vector>
 
 #include "engine.h"
+#include "parallel.h"
+#include "plan.h"
+#include "scratch.h"
 
 using namespace fastrnn;
 
@@ -53,7 +56,7 @@ struct Shape {
   bool dense, bias, state;
 };
 
-// A layer with data of its own, and what running it gives.
+// A layer with its own data, and the results of running it.
 template <class T>
 struct Problem {
   const CellInfo& cell;
@@ -62,7 +65,7 @@ struct Problem {
   int64_t N = 0, B = 0;
   bool deterministic = false;
   std::vector<T> x, out, saved, dout, dx;
-  // ih, hh, bias_ih, bias_hh, hr of each direction; empty where there is none.
+  // ih, hh, bias_ih, bias_hh, hr of each direction; empty where the layer has none.
   std::vector<T> w[2][5], dw[2][5];
   std::vector<T> state[kMaxStates], final[kMaxStates], dfinal[kMaxStates], dstate[kMaxStates];
 
@@ -111,7 +114,7 @@ struct Problem {
       a.final[k] = pointer(final[k]);
     }
     if (save) {
-      saved.assign(shape.D * N * cell.kept(projected()) * shape.H, T(NAN));
+      saved.assign(shape.D * N * cell.num_saved(projected()) * shape.H, T(NAN));
       a.saved = pointer(saved);
     }
     engine.forward(index, a);
@@ -170,13 +173,13 @@ void check_gradients(const Engine& engine, int index, const Shape& shape, bool d
   p.backward(engine, index, 1);
   const std::string name = name_of(engine, p.cell, shape);
   const auto slope = [&](double& value) {
-    const double step = 1e-5, kept = value;
-    value = kept + step;
+    const double step = 1e-5, original = value;
+    value = original + step;
     p.forward(engine, index, 1, false);
     const double above = p.loss();
-    value = kept - step;
+    value = original - step;
     p.forward(engine, index, 1, false);
-    value = kept;
+    value = original;
     return (above - p.loss()) / (2 * step);
   };
   const auto close = [&](double got, double expected, const std::string& what) {
@@ -257,22 +260,24 @@ void check_rows() {
 
 std::vector<int64_t> dense(int64_t T, int64_t B) { return std::vector<int64_t>(T, B); }
 
-// Every sequence of every direction is some thread's, once, and no thread has much more than its
-// share of the rows.
+// Every sequence of every direction belongs to one thread, once, and no thread has many more rows
+// than its share.
 void check_plan(const std::vector<int64_t>& sizes, int D, int threads) {
   int64_t N = 0;
   for (int64_t n : sizes) N += n;
   const Rows rows(N, sizes.front(), sizes.data(), static_cast<int64_t>(sizes.size()));
   const Plan plan(rows, D, threads, false, true, 1e9, 0);
-  std::vector<int> met(D * rows.B, 0);
+  std::vector<int> visits(D * rows.B, 0);
   std::vector<int64_t> load(plan.threads, 0);
   for (const Task& task : plan.tasks) {
     for (int64_t r = task.row0; r < task.row1; ++r) {
-      ++met[task.direction * rows.B + r];
+      ++visits[task.direction * rows.B + r];
       load[task.thread] += rows.length(r);
     }
   }
-  for (int times : met) check(times == 1, "a sequence met " + std::to_string(times) + " times");
+  for (int count : visits) {
+    check(count == 1, "a sequence belongs to " + std::to_string(count) + " tasks");
+  }
   const int64_t share = N * D / plan.threads;
   for (int64_t rows_of : load) {
     check(std::abs(rows_of - share) <= rows.T,
@@ -280,9 +285,9 @@ void check_plan(const std::vector<int64_t>& sizes, int D, int threads) {
   }
 }
 
-// Where threads lose more in waiting for each other than they save, short work is not shared for a
-// while.
-void check_sharing() {
+// If threads lose more time in waiting for each other than they save, short work is not shared for
+// a while.
+void check_contention() {
   if (!threading()) return;
   using std::chrono::milliseconds;
   constexpr double kShort = 1e6, kLong = 1e10;
@@ -290,7 +295,7 @@ void check_sharing() {
     return threads_for(flops, 2, deterministic) == 2;
   };
   set_threads(2);
-  check(shared(kShort, false), "sharing: short work, at first");
+  check(shared(kShort, false), "contention: short work, at first");
   for (int k = 0; k < 9; ++k) {
     parallel(
         2,
@@ -299,11 +304,11 @@ void check_sharing() {
         },
         nullptr);
   }
-  check(!shared(kShort, false), "sharing: short work whose threads wait");
-  check(shared(kShort, true), "sharing: short work whose threads wait, deterministic");
-  check(shared(kLong, false), "sharing: long work whose threads wait");
+  check(!shared(kShort, false), "contention: short work whose threads wait");
+  check(shared(kShort, true), "contention: short work whose threads wait, deterministic");
+  check(shared(kLong, false), "contention: long work whose threads wait");
   std::this_thread::sleep_for(milliseconds(600));
-  check(shared(kShort, false), "sharing: short work, later");
+  check(shared(kShort, false), "contention: short work, later");
 }
 
 }  // namespace
@@ -311,7 +316,7 @@ void check_sharing() {
 int main() {
   Scratch::poison(true);
   check_rows();
-  check_sharing();
+  check_contention();
   std::string names;
   for (const Engine* engine : engines()) {
     if (!engine->runs_here()) continue;
@@ -350,9 +355,9 @@ int main() {
         }
       }
     }
-    // More rows, units and inputs than any block of the products holds.
+    // More rows, units and inputs than one block of the products.
     check_agreement<float>(cell, {dense(31, 9), 300, 140, 140, 1, true, true, true}, 1e-4);
-    // Few sequences and wide layers: the plan in which threads share a step.
+    // Few sequences and wide layers: the plan that splits units.
     check_agreement<float>(cell, {dense(3, 1), 8, 520, 520, 1, true, true, true}, 1e-4);
   }
   std::printf("%d checks passed on %s, %s\n", g_checks, names.c_str(),

@@ -1,7 +1,6 @@
-// What a Python tensor is: address, element type, device, sizes and strides. torch is neither
-// linked nor imported. From 2.10 on its tensors offer DLPack's table of C functions, which answers
-// all of it in one call; an older torch is asked by the tensor's own methods, at ten times the
-// cost.
+// The address, element type, device, sizes and strides of a Python tensor. torch is neither linked
+// nor imported. From 2.10 on its tensors offer DLPack's table of C functions, which returns all of
+// this in one call; with an older torch the tensor's own methods are called, at ten times the cost.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,7 +16,7 @@ namespace py = pybind11;
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }
 
-// The part of DLPack's interface that is used here, as its version 1.3 lays it out
+// The part of DLPack's interface that is used here, in the layout of its version 1.3
 // (github.com/dmlc/dlpack, include/dlpack/dlpack.h).
 namespace dlpack {
 
@@ -91,14 +90,14 @@ inline py::object attribute(py::handle object, PyObject* name) {
 
 class Tensor {
  public:
-  static constexpr int kMostDimensions = 8;
+  static constexpr int kMaxDimensions = 8;
 
-  // `object` must outlive this, and not be changed.
+  // `object` must outlive this Tensor, and must not be modified.
   Tensor(py::handle object, const char* name) : name_(name) {
     if (const dlpack::Table* table = table_of(Py_TYPE(object.ptr()))) {
       dlpack::Tensor t;
       if (table->tensor_from_object(object.ptr(), &t)) {
-        PyErr_Clear();  // its message is a trace of torch's own frames
+        PyErr_Clear();  // its message is a trace of frames inside torch
         fail(std::string(name_) + ": expected a CPU tensor with plain strides");
       }
       if (t.device != dlpack::kCpu) fail(std::string(name_) + ": expected a CPU tensor");
@@ -117,7 +116,7 @@ class Tensor {
             shape.size(), [&](int k) { return py::cast<int64_t>(shape[k]); },
             [&](int k) { return py::cast<int64_t>(stride[k]); });
         data_ = reinterpret_cast<char*>(py::cast<intptr_t>(call(object, names().data_ptr)));
-      } catch (const py::error_already_set&) {  // torch has many words for tensors without strides
+      } catch (const py::error_already_set&) {  // torch's message depends on the kind of tensor
         fail(std::string(name_) + ": expected a CPU tensor with plain strides");
       }
       element_ = element_named(attribute(object, names().dtype));
@@ -144,7 +143,7 @@ class Tensor {
     return true;
   }
 
-  // The address of the first element; the caller has compared the sizes with what it will touch.
+  // The address of the first element. The caller has already checked the sizes.
   template <class T>
   T* data() const {
     if (!(element_ == element_of<T>)) {
@@ -158,8 +157,8 @@ class Tensor {
   }
 
  private:
-  // A type that inherits the table from torch.Tensor shares its layout, as Parameter does. Types
-  // live as long as the process, but for the rare one made at run time: those are not remembered.
+  // A type that inherits the table from torch.Tensor, like Parameter, has the same layout. The
+  // first four types are remembered, and kept alive.
   static const dlpack::Table* table_of(PyTypeObject* type) {
     static PyTypeObject* known[4] = {};
     static const dlpack::Table* tables[4] = {};
@@ -208,8 +207,8 @@ class Tensor {
 
   template <class Size, class Stride>
   void take(int64_t dimensions, const Size& size, const Stride& stride) {
-    if (dimensions > kMostDimensions) {
-      fail(std::string(name_) + ": expected at most " + std::to_string(kMostDimensions) +
+    if (dimensions > kMaxDimensions) {
+      fail(std::string(name_) + ": expected at most " + std::to_string(kMaxDimensions) +
            " dimensions, got " + std::to_string(dimensions));
     }
     dimensions_ = static_cast<int>(dimensions);
@@ -225,7 +224,7 @@ class Tensor {
   char* data_ = nullptr;
   Element element_{0xff, 0};
   int dimensions_ = 0;
-  int64_t size_[kMostDimensions], stride_[kMostDimensions];
+  int64_t size_[kMaxDimensions], stride_[kMaxDimensions];
   int64_t count_ = 1;
 };
 

@@ -1,0 +1,207 @@
+// The barrier, the OpenMP team, and fork.
+#include "parallel.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define FASTRNN_POSIX 1
+#endif
+#ifdef __linux__
+#include <sched.h>
+#define FASTRNN_LINUX 1
+#endif
+
+#include "contention.h"
+
+namespace fastrnn {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::nanoseconds;
+
+// Some microseconds; a step that is worth sharing takes about as long.
+constexpr int kSpins = 200;
+// A thread that yields may be given the rest of its slice again, with its partner behind it on the
+// same core: so it yields for a while only, and then sleeps.
+constexpr auto kYield = std::chrono::microseconds(50);
+constexpr auto kNap = std::chrono::microseconds(20);
+// A longer wait has no other explanation than the scheduler.
+constexpr auto kLongWait = std::chrono::microseconds(200);
+
+bool g_forked = false;
+
+#ifdef FASTRNN_POSIX
+// libgomp's threads do not survive fork and the child would wait for them for ever.
+const int g_fork_handler = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
+#endif
+
+}  // namespace
+
+void Barrier::wait(int team) {
+  if (team == 1) return;
+  const int phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == team - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (phase_.load(std::memory_order_acquire) != phase) return;
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+  wait_long(phase);
+}
+
+void Barrier::wait_long(int phase) {
+  const auto start = Clock::now();
+  nanoseconds waited{};
+  while (phase_.load(std::memory_order_acquire) == phase) {
+    if (waited < kYield) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kNap);
+    }
+    waited = Clock::now() - start;
+  }
+  if (waited > kLongWait) lost_ += waited.count();
+}
+
+double barrier_seconds(int threads) {
+  static std::atomic<Clock::rep> measured_at{0};
+  static std::atomic<double> seconds{kBarrierSeconds};
+  constexpr Clock::rep kValidFor = Clock::duration(std::chrono::milliseconds(100)).count();
+  const Clock::rep now = Clock::now().time_since_epoch().count();
+  const Clock::rep before = measured_at.load(std::memory_order_relaxed);
+  if (before && now - before < kValidFor) return seconds.load(std::memory_order_relaxed);
+  measured_at.store(now);
+  struct Measurement {
+    double best = 1;
+    bool stop = false;
+  } measurement;
+  parallel(
+      threads,
+      [](void* context, int thread, int team, Barrier& barrier) {
+        Measurement& shared = *static_cast<Measurement*>(context);
+        barrier.wait(team);
+        for (int trial = 0; trial < 12 && !shared.stop; ++trial) {
+          const auto start = Clock::now();
+          barrier.wait(team);
+          barrier.wait(team);
+          const std::chrono::duration<double> took = Clock::now() - start;
+          if (thread == 0) {
+            shared.best = std::min(shared.best, took.count() / 2);
+            shared.stop = took > kLongWait;  // busy cores: a scheduler's slice for every wait
+          }
+          barrier.wait(team);
+        }
+      },
+      &measurement);
+  seconds.store(measurement.best);
+  return measurement.best;
+}
+
+#ifdef _OPENMP
+namespace {
+
+// After a pause of this length the threads of the pool were asleep.
+constexpr auto kRest = std::chrono::milliseconds(1);
+std::atomic<Clock::time_point> g_last_end{};
+
+int current_core() {
+#ifdef FASTRNN_LINUX
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Threads that slept may wake on one core, and a scheduler takes milliseconds to move them apart.
+// The thread's affinity is the same afterwards, unless another program changes it at this moment.
+void leave_core(int core) {
+#ifdef FASTRNN_LINUX
+  cpu_set_t allowed, others;
+  if (core < 0 || core >= CPU_SETSIZE || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+  others = allowed;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others)) return;
+  // Fails only if the process may use none of these cores any more: the kernel has then widened it.
+  (void)!sched_setaffinity(0, sizeof allowed, &allowed);
+#else
+  (void)core;
+#endif
+}
+
+}  // namespace
+#endif
+
+void parallel(int threads, Job job, void* context) {
+  Barrier barrier;
+#ifdef _OPENMP
+  if (threads > 1) {
+    std::atomic<int64_t> busy{0};  // total over the threads that have work, from start to their end
+    int working = 1;
+    const int core = current_core();
+    const auto start = Clock::now();
+#pragma omp parallel
+    {
+      const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+      if (thread && current_core() == core) leave_core(core);
+      job(context, thread, team, barrier);
+      if (thread < threads) busy += nanoseconds(Clock::now() - start).count();
+      if (thread == 0) working = std::min(team, threads);
+    }
+    const auto end = Clock::now();
+    const bool rested = start - g_last_end.exchange(end) > kRest;
+    if (working < 2 || rested) return;
+    const nanoseconds took = end - start;
+    nanoseconds lost = (working * took - nanoseconds(busy)) / (working - 1);
+    if (lost < kLongWait) lost = nanoseconds::zero();
+    lost += barrier.lost() / (working - 1);
+    update_contention(working, took, std::min(lost, took));
+    return;
+  }
+#endif
+  (void)threads;
+  job(context, 0, 1, barrier);
+}
+
+bool in_forked_child() { return g_forked; }
+
+const char* threading() {
+#ifdef _OPENMP
+  return "OpenMP";
+#else
+  return nullptr;
+#endif
+}
+
+int set_threads(int threads) {
+#ifdef _OPENMP
+  // The OpenMP runtime ends the process when it cannot start the requested number.
+  constexpr int kMaxThreads = 4096;
+  if (threads > kMaxThreads) {
+    throw std::invalid_argument("expected at most " + std::to_string(kMaxThreads) +
+                                " threads, got " + std::to_string(threads));
+  }
+  if (threads > 0 && omp_get_max_threads() != threads) omp_set_num_threads(threads);
+  return omp_get_max_threads();
+#else
+  (void)threads;
+  return 1;
+#endif
+}
+
+}  // namespace fastrnn
