@@ -3,7 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# What the wheel is tested beside, too; several GB on Linux, where PyPI has builds for CUDA only.
+# The wheel is tested beside this torch; several GB on Linux, where PyPI has builds for CUDA only.
 NEWEST_TORCH ?= torch==2.14.1
 # Python, torch and Numba that `make matrix` tries: every Python, from the oldest of all to the newest.
 MATRIX ?= 3.10-2.6.0-0.61.2 3.11-2.13.0 3.12-2.13.0 3.13-2.14.1
@@ -120,8 +120,9 @@ soak: $(VENV)/.dev ## run layers of all kinds and sizes for SECONDS, 300 if not 
 	MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536 $(bin)/python tests/soak.py $(SECONDS)
 
 # The sdist; from it a wheel for this platform, without a copy of libgomp, which is torch's; and one
-# of Python alone for all platforms. Whatever is installed later comes from these files.
-wheel: $(VENV)/.dev ## build the sdist and the wheels, and test those in a clean environment, beside two torches
+# of Python alone for all platforms. Whatever is installed later comes from these files. The wheel of
+# Python alone is tested beside the torch of `make test`, the other one beside the newest.
+wheel: $(VENV)/.dev ## build the sdist and the wheels, and test each wheel in a clean environment
 	rm -rf dist build/wheel
 	FASTRNN_REQUIRE_CPP=1 $(bin)/python -m build --quiet
 	PATH="$(abspath $(bin)):$$PATH" $(bin)/auditwheel -v repair --exclude libgomp.so.1 --wheel-dir dist \
@@ -135,7 +136,6 @@ wheel: $(VENV)/.dev ## build the sdist and the wheels, and test those in a clean
 	$(wheel) -m pip install -qq "$$(echo dist/*-manylinux*.whl)[test]"
 	cd build/wheel && bin/python -c "import torch, fastrnn, fastrnn._cpp as cpp, fastrnn.kernels as \
 	kernels; assert all('site-packages' in m.__file__ for m in (fastrnn, cpp, kernels))"
-	$(call test-wheel,installed)
 	$(wheel) -m pip install -qq --force-reinstall --no-deps dist/*-none-any.whl
 	export FASTRNN_NO_CPP=1; $(call test-wheel,installed)
 	$(wheel) -m pip install -qq --force-reinstall --no-deps dist/*-manylinux*.whl
