@@ -3,7 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# A second torch for the tests of the wheel; several GB on Linux, where PyPI has CUDA builds only.
+# The torch with which the platform wheel is tested; several GB on Linux, where PyPI has CUDA builds only.
 NEWEST_TORCH ?= torch==2.14.1
 # The versions of Python, torch and Numba for `make matrix`: every Python, from the oldest set to the newest.
 MATRIX ?= 3.10-2.6.0-0.61.2 3.11-2.13.0 3.12-2.13.0 3.13-2.14.1
@@ -123,8 +123,9 @@ soak: $(VENV)/.dev ## run layers of all kinds and sizes for SECONDS (default 300
 	MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536 $(bin)/python tests/soak.py $(SECONDS)
 
 # The sdist; from it a wheel for this platform, without a copy of libgomp, because it uses that of
-# torch; and a pure-Python wheel for all platforms. All later installations use these files.
-wheel: $(VENV)/.dev ## build the sdist and the wheels, and test the wheels in a clean environment with two versions of torch
+# torch; and a pure-Python wheel for all platforms. All later installations use these files. The
+# pure-Python wheel is tested with the torch of `make test`, the platform wheel with the newest.
+wheel: $(VENV)/.dev ## build the sdist and the wheels, and test each wheel in a clean environment
 	rm -rf dist build/wheel
 	FASTRNN_REQUIRE_CPP=1 $(bin)/python -m build --quiet
 	PATH="$(abspath $(bin)):$$PATH" $(bin)/auditwheel -v repair --exclude libgomp.so.1 --wheel-dir dist \
@@ -138,7 +139,6 @@ wheel: $(VENV)/.dev ## build the sdist and the wheels, and test the wheels in a 
 	$(wheel) -m pip install -qq "$$(echo dist/*-manylinux*.whl)[test]"
 	cd build/wheel && bin/python -c "import torch, fastrnn, fastrnn._cpp as cpp, fastrnn.kernels as \
 	kernels; assert all('site-packages' in m.__file__ for m in (fastrnn, cpp, kernels))"
-	$(call test-wheel,installed)
 	$(wheel) -m pip install -qq --force-reinstall --no-deps dist/*-none-any.whl
 	export FASTRNN_NO_CPP=1; $(call test-wheel,installed)
 	$(wheel) -m pip install -qq --force-reinstall --no-deps dist/*-manylinux*.whl

@@ -412,6 +412,23 @@ def test_every_hidden_size_and_batch(mode: str, backend: str, dtype: torch.dtype
                     assert_matches_reference(case, backend, dtype)
 
 
+@needs_extension
+@dtypes
+@modes
+def test_few_rows_of_every_hidden_size(
+    mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All remainders of the dot products that replace the tiles, see ``FEW_ROWS``."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    for k, H in enumerate(HIDDEN_SIZES):
+        for B in range(1, 8):
+            if dtype == F32 or (k + B) % 4 == 0:
+                layout = "packed" if (B + H) % 2 else "dense"
+                case = Case(mode, directions=2, layout=layout, T=2, B=B, I=2, H=H)
+                with naming(case):
+                    assert_matches_reference(case, "cpp", dtype)
+
+
 @fast
 @modes
 def test_a_view_gives_what_its_copy_gives(mode: str, backend: str) -> None:

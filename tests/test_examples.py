@@ -230,8 +230,8 @@ needs_fsdp = pytest.mark.skipif(not version_from(2, 7), reason="needs torch 2.7"
 @pytest.mark.parametrize(
     ("sharded", "resumed_by"),
     [
-        (False, 1),
         pytest.param(True, 1, marks=needs_fsdp),
+        pytest.param(False, 1, marks=pytest.mark.heavy),
         pytest.param(False, 2, marks=pytest.mark.heavy),
         pytest.param(True, 2, marks=[needs_fsdp, pytest.mark.heavy]),
     ],

@@ -472,7 +472,7 @@ onnx_export = pytest.mark.filterwarnings(
 )
 
 
-def exporters(traced: tuple[str, ...], compiled: tuple[str, ...]) -> pytest.MarkDecorator:
+def exporters(traced: list[str], compiled: list[str]) -> pytest.MarkDecorator:
     """Cells for the exporter that traces, which writes torch's own operators, and for the other."""
     modes = [(mode, False) for mode in traced]
     modes += [pytest.param(mode, True, marks=needs_dynamo_exporter) for mode in compiled]
@@ -509,7 +509,7 @@ def test_a_trace_of_a_packed_batch() -> None:
 
 
 @onnx_export
-@exporters(("GRU", "LSTM"), ("RNN_RELU", "GRU", "LSTM"))
+@exporters(MODES, ["RNN_RELU", "GRU", "LSTM"])
 def test_onnx_has_the_operator_itself(mode: str, dynamo: bool) -> None:
     """Written by the exporter that traces and by the one that compiles, run by onnxruntime."""
     m = model(mode, bias=mode != "RNN_RELU").eval()
@@ -542,7 +542,7 @@ def test_onnx_has_the_layout_and_the_state(mode: str) -> None:
 
 
 @onnx_export
-@exporters(("LSTM",), ("GRU", "LSTM"))
+@exporters(MODES, ["GRU", "LSTM"])
 def test_onnx_has_a_cell_as_one_step(mode: str, dynamo: bool) -> None:
     """The exporter that traces writes products and gates instead, as for torch.nn."""
     m = STEPS[mode][0](3, 4)
