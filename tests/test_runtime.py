@@ -30,6 +30,7 @@ from support import (
 import fastrnn
 from fastrnn.cells import CELLS
 from fastrnn.dispatch import load_backend
+from fastrnn.layer import Layer, Rows
 
 fast = pytest.mark.parametrize("backend", runnable())
 needs_numba = pytest.mark.skipif("numba" not in runnable(), reason="numba is not installed")
@@ -455,12 +456,10 @@ def test_exceptions_leave_the_engine_usable(backend: str) -> None:
     case = Case("LSTM", directions=2, T=3, B=4)
     d, m = data(case, torch.float32), ours(case, torch.float32)
     expected = evaluate(m, case, d, backend)
-    cpp: Any = load_backend(backend)
+    layer = Layer(case.cell, Rows(2, 2, 11, torch.tensor([2, 9])), m._weights()[0], None)
     for _ in range(50):
         with pytest.raises((RuntimeError, ValueError)):
-            cpp.forward(
-                case.cell, d.x[0], m._weights()[0], None, torch.tensor([2, 9]), 4, save=True
-            )
+            load_backend(backend).forward(layer, d.x[0], save=True)
     assert_equal(evaluate(m, case, d, backend), expected)
 
 
