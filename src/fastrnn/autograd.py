@@ -18,7 +18,6 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from fastrnn import operators
 from fastrnn.backends import LayerBackend
 from fastrnn.capture import (
-    is_capturing,
     is_forward_ad,
     is_jit_tracing,
     is_transforming,
@@ -30,12 +29,17 @@ from fastrnn.layer import Layer, filled
 __all__ = ["apply_layer"]
 
 
-def apply_layer(backend: LayerBackend, layer: Layer, x: Tensor) -> tuple[Tensor, State]:
+def apply_layer(
+    backend: LayerBackend, layer: Layer, x: Tensor, capturing: bool
+) -> tuple[Tensor, State]:
     """Run one layer on contiguous ``x``; see :class:`fastrnn.backends.LayerBackend`.
 
     Where no gradient is needed, no Function is entered and nothing is saved.
+
+    Args:
+        capturing: the answer of :func:`fastrnn.capture.is_capturing`, which takes time to ask.
     """
-    capturing, transforming = is_capturing(), is_transforming()
+    transforming = is_transforming()
     if transforming:
         if not capturing and layer.rows.batch_sizes is not None:
             sizes = unwrapped("batch_sizes", layer.rows.batch_sizes)
@@ -85,12 +89,12 @@ def _differentiable(layer: Layer, x: Tensor) -> bool:
 
 class _Function(torch.autograd.Function):
     @classmethod
-    def apply(cls, *args: Any) -> Any:
+    def apply(cls, backend: LayerBackend, template: Layer, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)  # type: ignore[no-untyped-call]
+            return super().apply(backend, template, *args)  # type: ignore[no-untyped-call]
         # torch's own apply also binds arguments to names, which takes longer than a short layer.
         args = unwrap_dead_wrappers(args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        return super(torch.autograd.Function, cls).apply(backend, template, *args)  # type: ignore[misc]
 
 
 class _LayerForward(_Function):

@@ -42,13 +42,15 @@ __all__ = [
 ]
 
 
+# Every call of a layer asks: names of this module are found faster.
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_are_transforms_active = torch._C._are_functorch_transforms_active
+
+
 def is_capturing() -> bool:
     """Whether operators are captured in a graph, or only the shapes of their results computed."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return _is_compiling() or _is_tracing() or _num_dispatch_modes() > 0
 
 
 def is_jit_tracing() -> bool:
@@ -79,7 +81,7 @@ def is_forward_ad() -> bool:
 
 def is_transforming() -> bool:
     """Whether a transform of ``torch.func``, or forward-mode AD, is active."""
-    return is_forward_ad() or torch._C._are_functorch_transforms_active()
+    return _are_transforms_active() or forward_ad._current_level >= 0
 
 
 def unwrapped(name: str, tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.autograd import apply_layer
+from fastrnn.capture import is_capturing
 from fastrnn.cells import State
 from fastrnn.dispatch import load_layer_backend, resolve_backend
 from fastrnn.functional import run_stack, stack_sizes
@@ -170,7 +171,10 @@ class _MeasuredLayer:
         if backend.kind == "stack":
             backend = load_layer_backend("reference")
         self.out, self.final = apply_layer(
-            backend, Layer(cell, layer.rows, widened, layer.state), torch.cat([x, zeros], 2)
+            backend,
+            Layer(cell, layer.rows, widened, layer.state),
+            torch.cat([x, zeros], 2),
+            is_capturing(),
         )
         self.inputs = [zeros, self.out, *self.final]
         with torch.no_grad():

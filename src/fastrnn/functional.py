@@ -66,14 +66,16 @@ def rnn(
     if (dtype := autocast_dtype(input)) is not None:
         weights = [[Weights(*to_dtype(dtype, w)) for w in directions] for directions in weights]
         input, hx = input.to(dtype), None if hx is None else to_dtype(dtype, hx)
-    rows = Rows.of(input, batch_sizes)
-    run = _backend(cell, input, weights, rows, backend)
+    rows, capturing = Rows.of(input, batch_sizes), is_capturing()
+    run = _backend(cell, input, weights, rows, backend, capturing)
     if run.kind == "stack":
         layers = [Layer(cell, rows, directions, None) for directions in weights]
         if not is_onnx_exporting():  # where sizes are tensors
             _check_stack(layers, input, hx)
         return run.run_stack(layers, input, hx, dropout, training)
-    one_layer = partial(_run_layer, run)
+    if len(weights) == 1:
+        return _run_layer(run, capturing, Layer(cell, rows, weights[0], hx), input)
+    one_layer = partial(_run_layer, run, capturing)
     return run_stack(one_layer, cell, rows, weights, input, hx, dropout if training else 0.0)
 
 
@@ -87,8 +89,6 @@ def run_stack(
     dropout: float,
 ) -> tuple[Tensor, State]:
     """Run one layer after the other by a function of a layer and its input."""
-    if len(weights) == 1:
-        return run_layer(Layer(cell, rows, weights[0], hx), x)
     D = len(weights[0])
     if hx is not None:
         check_state(cell, hx, (len(weights) * D, rows.B), weights[0][0], x)
@@ -125,15 +125,15 @@ def step(
     if (dtype := autocast_dtype(input)) is not None:
         weights = Weights(*to_dtype(dtype, weights))
         input, hx = input.to(dtype), None if hx is None else to_dtype(dtype, hx)
-    rows = Rows.of_one_step(input)
+    rows, capturing = Rows.of_one_step(input), is_capturing()
     directions = (weights,)
-    run = _backend(cell, input, (directions,), rows, backend)
+    run = _backend(cell, input, (directions,), rows, backend, capturing)
     layer = Layer(cell, rows, directions, hx)
     if run.kind == "stack":
         if not is_onnx_exporting():
             layer.check(input)
         return run.run_step(layer, input)
-    return _run_layer(run, layer, input)[1]
+    return _run_layer(run, capturing, layer, input)[1]
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
@@ -167,9 +167,10 @@ def _backend(
     weights: Sequence[Sequence[Weights]],
     rows: Rows,
     backend: str | None,
+    capturing: bool,
 ) -> Backend:
     """The backend of a call; see the table in :mod:`fastrnn.capture`."""
-    if is_capturing():
+    if capturing:
         w = weights[0][0]
         if is_onnx_exporting():
             onnx.check(w)
@@ -214,13 +215,15 @@ def _captured_backend(
 _captured_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _run_layer(backend: LayerBackend, layer: Layer, x: Tensor) -> tuple[Tensor, State]:
+def _run_layer(
+    backend: LayerBackend, capturing: bool, layer: Layer, x: Tensor
+) -> tuple[Tensor, State]:
     # Lazy validation: a backend that validates costs a correct call nothing here. Where it fails,
     # the check is repeated for an error in the words of this package.
     if not backend.VALIDATES or x.layout is not torch.strided or x.dtype.itemsize == 2:
         layer.check(x)
     try:
-        return apply_layer(backend, layer, x.contiguous())
+        return apply_layer(backend, layer, x.contiguous(), capturing)
     except (ValueError, IndexError):
         layer.check(x)
         raise

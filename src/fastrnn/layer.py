@@ -219,8 +219,7 @@ class Layer:
 
     def without_tensors(self) -> Layer:
         """A template for :meth:`with_tensors` that keeps no tensor alive."""
-        nothing: Any = (None,) * len(Weights._fields)
-        return Layer(self.cell, self.rows, [Weights(*nothing)] * self.D, None)
+        return Layer(self.cell, self.rows, [_NO_WEIGHTS] * len(self.weights), None)
 
     def check(self, x: Tensor) -> None:
         """Check the weights and the state against the input and each other.
@@ -233,6 +232,9 @@ class Layer:
             _check_weights(self.cell, x, weights, self.weights[0])
         if self.state is not None:
             check_state(self.cell, self.state, self.leading, self.weights[0], x)
+
+
+_NO_WEIGHTS = Weights._make([None] * len(Weights._fields))
 
 
 def filled(flags: Sequence[bool], values: Iterable[Any]) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -13,13 +12,13 @@ from fastrnn.cells import Cell, State
 __all__ = ["as_state", "lookup", "permuted", "rank", "rnn_mode"]
 
 
-def lookup(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
+def lookup(module: nn.Module, names: Sequence[str]) -> list[Any]:
     """Attributes by name; parameters are found without the cost of ``nn.Module.__getattr__``."""
+    parameters = module._parameters
     try:
-        found: tuple[Any, ...] = itemgetter(*names)(module._parameters)
-        return found
+        return [parameters[name] for name in names]
     except KeyError:
-        return tuple([getattr(module, name) for name in names])
+        return [getattr(module, name) for name in names]
 
 
 def rank(input: Any, expected: str) -> int:

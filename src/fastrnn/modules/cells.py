@@ -43,9 +43,9 @@ class RNNCellBase(nn.RNNCellBase):
             return fx_node(self, type(self).forward is RNNCellBase.forward, input, hx)
         cell = self._cell
         weights = self._weights()
-        self._check_dimensions(input)
-        batched = input.dim() == 2
-        state = None if hx is None else self._check_rank(cell, hx, input.dim())
+        dim = self._check_dimensions(input)
+        batched = dim == 2
+        state = None if hx is None else self._check_rank(cell, hx, dim)
         self._check_input(input, weights.ih)
         if not batched:
             input = input.unsqueeze(0)
@@ -76,9 +76,10 @@ class RNNCellBase(nn.RNNCellBase):
             )
         return state if dim == 2 else tuple(s.unsqueeze(0) for s in state)
 
-    def _check_dimensions(self, input: Tensor) -> None:
+    def _check_dimensions(self, input: Tensor) -> int:
         if (dim := rank(input, "a Tensor")) not in (1, 2):
             raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {dim}D instead")
+        return dim
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
         if input.dtype is not weight.dtype and functional.autocast_dtype(input) is None:

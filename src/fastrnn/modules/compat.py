@@ -79,11 +79,12 @@ class TorchLayer(nn.RNNBase):
 
     # The checks of torch.nn's layers. Those without an underscore have torch's names.
 
-    def _check_dimensions(self, input: Tensor) -> None:
+    def _check_dimensions(self, input: Tensor) -> int:
         if (dim := rank(input, "a Tensor or a PackedSequence")) not in (2, 3):
             raise ValueError(
                 f"{self._name}: Expected input to be 2D or 3D, got {dim}D tensor instead"
             )
+        return dim
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
         if input.dtype is not weight.dtype and functional.autocast_dtype(input) is None:

@@ -131,10 +131,10 @@ class RNNBase(TorchLayer):
         """``[layer][direction]``, as :func:`fastrnn.functional.rnn` takes them."""
         flat: list[Weights] = []
         for names in self._all_weights:
-            w = lookup(self, names)
+            w = Weights(*lookup(self, names))
             if self.proj_size and not self.bias:
-                w = (*w[:2], None, None, *w[2:])
-            flat.append(Weights(*w))
+                w = w._replace(bias_ih=None, hr=w.bias_ih)
+            flat.append(w)
         if not self.bidirectional:
             return [[w] for w in flat]
         return [flat[k : k + 2] for k in range(0, len(flat), 2)]
@@ -157,8 +157,7 @@ class RNNBase(TorchLayer):
             return run_outside_graph(RNNBase._forward_packed, self, input, hx)
         cell = self._cell
         weights = self._weights()
-        self._check_dimensions(input)
-        dim = input.dim()
+        dim = self._check_dimensions(input)
         state = None if hx is None else self._check_rank(cell, hx, dim)
         if dim == 2:
             input = input.unsqueeze(1)
