@@ -89,6 +89,10 @@ def checkout(revision: str) -> Path:
             cwd=ROOT,
             check=True,
         )
+    # An editable installation would find the kernels of this tree.
+    kernels = tree / "src" / "fastrnn" / "kernels"
+    if not kernels.exists():
+        kernels.symlink_to(tree / "kernels")
     subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=tree, check=True
     )

@@ -562,6 +562,7 @@ def test_onnx_has_a_cell_as_one_step(mode: str, dynamo: bool) -> None:
         ("lengths", False),
         ("projected", False),
         pytest.param("packed", True, marks=needs_dynamo_exporter),
+        pytest.param("lengths", True, marks=needs_dynamo_exporter),
         pytest.param("projected", True, marks=needs_dynamo_exporter),
     ],
 )
@@ -657,7 +658,7 @@ CHECKS = [
     *((CHECKED[2], torch.float64, backend) for backend in layered()[:1]),
     *((CHECKED[2], torch.float16, backend) for backend in layered()[:1]),
     *((CHECKED[2], torch.bfloat16, backend) for backend in layered()),
-    *((CHECKED[2], F32, backend) for backend in layered()[1:]),
+    *((case, F32, backend) for case in CHECKED[2:4] for backend in layered()[1:]),
 ]
 
 

@@ -178,7 +178,6 @@ def test_vmap_is_a_loop(mode: str, layout: str) -> None:
     )
 
 
-@once
 @pytest.mark.parametrize("mode", MODES)
 def test_vmap_within_and_around_other_transforms(mode: str) -> None:
     case = small(mode)
@@ -199,7 +198,6 @@ def test_vmap_within_and_around_other_transforms(mode: str) -> None:
     )
 
 
-@once
 @pytest.mark.parametrize("mode", MODES)
 def test_transforms_of_a_cell(mode: str) -> None:
     found = []
@@ -323,7 +321,6 @@ def test_autocast_leaves_the_derivatives_of_derivatives(mode: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@once
 @pytest.mark.parametrize("mode", MODES)
 def test_a_padded_batch_with_lengths(mode: str) -> None:
     """Under every transform the results are those of the sequences without their padding."""

@@ -114,7 +114,7 @@ def test_layer(plan: str, dtype: torch.dtype, case: Case, planned: Any) -> None:
 @pytest.mark.parametrize("mode,projected", [*((m, False) for m in plans.MODES), ("LSTM", True)])
 def test_every_cell_by_every_plan(mode: str, projected: bool, plan: str, planned: Any) -> None:
     planned(SPLIT[plan])
-    case = Case(mode, layout="packed", projected=projected, T=3, H=33)
+    case = Case(mode, directions=2, layout="packed", projected=projected, T=3, H=33)
     actual = evaluate(ours(case, F32), case, data(case, F32), "triton")
     assert_near_in_norm(actual, reference_result(case, F32), MAX_ERROR[F32])
 
@@ -124,7 +124,7 @@ def test_every_cell_by_every_plan(mode: str, projected: bool, plan: str, planned
 def test_relu_in_16_bits(plan: str, dtype: torch.dtype, planned: Any) -> None:
     """The state and the weights leave no pre-activation near zero, where its sign could differ."""
     planned(SPLIT[plan])
-    case = Case("RNN_RELU", layout="packed", T=3, B=5, I=7, H=33)
+    case = Case("RNN_RELU", directions=2, layout="packed", T=3, B=5, I=7, H=33)
     d, module = data(case, dtype), ours(case, dtype)
     for name, p in module.named_parameters():
         sign = torch.arange(len(p)).remainder(3).sub(1).sign() + 0.5
@@ -165,7 +165,7 @@ def test_an_empty_batch(planned: Any) -> None:
 
 def test_backward_is_deterministic(planned: Any) -> None:
     planned(SPLIT["streaming"])
-    case = Case("LSTM", layout="unsorted", projected=True, T=2, B=17, H=17)
+    case = Case("LSTM", directions=2, layout="unsorted", projected=True, T=2, B=17, H=17)
     runs = [evaluate(ours(case, F32), case, data(case, F32), "triton") for _ in range(2)]
     assert_equal(*runs)
 
@@ -348,7 +348,9 @@ def test_a_kernel_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "run", run)
     for projected in (False, True):
         case = Case("LSTM", directions=2, layout="packed", projected=projected, H=33)
-        with pytest.warns(RuntimeWarning, match=r"plan program\(8\) that this device cannot run"):
+        with pytest.warns(
+            RuntimeWarning, match=r"kernel program\(8\) exceeds this device's resources"
+        ):
             actual = evaluate(ours(case, F32), case, data(case, F32), "triton")
         assert_near(actual, reference_result(case, F32), F32)
 
@@ -557,14 +559,14 @@ def test_aot_prints_the_table() -> None:
 def test_aot_refuses_an_unknown_target(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["fastrnn", "aot", "--target", "cuda:1"])
+    monkeypatch.setattr(sys, "argv", ["fastrnn.kernels.triton", "--target", "cuda:1"])
     with pytest.raises(SystemExit) as end:
-        runpy.run_module("fastrnn", run_name="__main__")
+        runpy.run_module("fastrnn.kernels.triton", run_name="__main__")
     assert end.value.code == 2 and "expected some of cuda:80" in capsys.readouterr().err
 
 
 def test_options_compile() -> None:
-    """The options that change the kernels of a plan. `aot --options` checks whether they spill."""
+    """The options that change the kernels of a plan. `make aot` checks whether they spill."""
     code = f"""{SETUP}
     for which in aot.PASSES:
         for options in ("packed", "projected", "odd"), ("inference", "float16"):

@@ -167,8 +167,8 @@ def _uses_blas(sizes: PaddedSizes, w_hh: Tensor) -> bool:
     torch needs no panels, whose packing does not pay for one step. Where a single sequence reads
     more weights than one processor caches, torch's threads share them; the kernel has one thread.
     """
-    shared = sizes.B * sizes.D == 1 and w_hh.nbytes > CACHED and torch.get_num_threads() > 1
-    return sizes.T == 1 or shared
+    threads_share = sizes.B * sizes.D == 1 and w_hh.nbytes > CACHED and torch.get_num_threads() > 1
+    return sizes.T == 1 or threads_share
 
 
 def _panels(w: Tensor) -> Tensor:
@@ -277,11 +277,11 @@ def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor 
         )
         for d in range(D)
     ]
-    shared = {"gh": gh, "scratch": scratch}
+    buffers = {"gh": gh, "scratch": scratch}
     if not uses_blas:
-        _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T, arguments, shared)
+        _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T, arguments, buffers)
     else:
-        calls = [_share(a, shared, d, 0, B) for d, a in enumerate(arguments)]
+        calls = [_share(a, buffers, d, 0, B) for d, a in enumerate(arguments)]
         for k in range(T):
             for d, (call, w, b) in enumerate(zip(calls, w_hh, bias, strict=True)):
                 n = counts[T - 1 - k if d else k]
@@ -324,7 +324,7 @@ def backward(
         columns = _columns(w_hh[0])
     zeros = x.new_zeros(max(columns, columns_hr))
     dgh, dh_product = x.new_empty(D, B, G * H_pad), x.new_empty(D, B, columns)
-    shared = {"dgh": dgh, "dh_product": dh_product, "scratch": x.new_empty(D, B, columns_hr)}
+    buffers = {"dgh": dgh, "dh_product": dh_product, "scratch": x.new_empty(D, B, columns_hr)}
     _, step = _cells(cell.mode, x.dtype)
     _, kernel = _kernels(x.dtype)
     arguments = [
@@ -364,9 +364,9 @@ def backward(
         for d in range(D)
     ]
     if not uses_blas:
-        _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T + 1, arguments, shared)
+        _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T + 1, arguments, buffers)
     else:
-        calls = [_share(a, shared, d, 0, B) for d, a in enumerate(arguments)]
+        calls = [_share(a, buffers, d, 0, B) for d, a in enumerate(arguments)]
         for k in range(T + 1):
             for d, (call, w) in enumerate(zip(calls, w_hh, strict=True)):
                 if k > 0:

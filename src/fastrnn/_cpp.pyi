@@ -1,4 +1,4 @@
-"""Types of csrc/bindings.cpp. Tensors are asked for what they are, whatever their class."""
+"""Types of csrc/bindings.cpp. A tensor is identified by its attributes, not by its class."""
 
 from collections.abc import Callable
 

@@ -3,6 +3,9 @@
 A layer is differentiated by its backend's ``backward``. Under vmap it runs once for all samples if
 only input and state differ between them, and otherwise once for each. For forward mode and for
 derivatives of derivatives torch differentiates the reference, which is written in its operators.
+
+A Function receives a template, which is a layer without its tensors, and the tensors beside it:
+torch must see them to differentiate, save and transform them, and a context must not keep them.
 """
 
 from __future__ import annotations
@@ -279,7 +282,7 @@ def _each_sample(
 def _refuse_batched(*grads: Tensor | None) -> None:
     """Refuse the gradients of ``is_grads_batched=True``, which no backend supports.
 
-    Each backend fails on them with an error of its own.
+    Each backend would raise a different error.
     """
     if any(g is not None and "Batched" in str(torch._C._dispatch_keys(g)) for g in grads):
         raise RuntimeError("fastrnn's layers have no batched gradients (is_grads_batched=True)")

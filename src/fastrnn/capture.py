@@ -8,7 +8,7 @@
 | ``torch.compile`` | capturing | ``torch.ops.fastrnn.layer``, pinned to a layer backend |
 | ``torch.export`` | capturing, exporting | the same, with an explicit state of zeros |
 | ``torch.jit.trace`` | capturing, jit_tracing | the same, always trainable; or torch's operator |
-| ``torch.onnx``, dynamo | capturing, onnx_exporting | an ONNX node; the reference without one |
+| ``torch.onnx``, dynamo | capturing, onnx_exporting | an ONNX node; torch's operator before 2.8 |
 | ``torch.onnx``, tracing | the same, jit_tracing | torch's operator |
 | FakeTensorMode, ``make_fx`` | capturing | ``torch.ops.fastrnn.layer``; or torch's operator |
 | capture under ``torch.func`` | capturing, transforming | the reference |

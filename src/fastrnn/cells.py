@@ -152,6 +152,11 @@ def register(cell: Cell) -> Cell:
             f"{cell.mode}: expected one activation for each of {len(cell.gates)} gates, "
             f"got {len(cell.activations)}"
         )
+    if unknown := set(cell.activations) - {"sigmoid", "tanh", "relu"}:
+        raise ValueError(
+            f"{cell.mode}: expected activations among sigmoid, tanh and relu, "
+            f"got {', '.join(sorted(unknown))}"
+        )
     for gate in (cell.keep_gate, cell.input_gate):
         if gate is not None and gate not in cell.gates:
             raise ValueError(

@@ -14,7 +14,7 @@ from fastrnn.capture import is_capturing
 from fastrnn.cells import State
 from fastrnn.dispatch import load_layer_backend, resolve_backend
 from fastrnn.functional import run_stack, stack_sizes
-from fastrnn.layer import Layer, Rows
+from fastrnn.layer import Layer, rows_of
 from fastrnn.modules import RNNBase
 
 __all__ = ["GradientFlow", "gradient_flow"]
@@ -123,7 +123,7 @@ def gradient_flow(
     with torch.enable_grad():
         initial = None if state is None else tuple(s.detach() for s in state)
         dropout = module.dropout if module.training else 0.0
-        output, final = run_stack(run_layer, cell, Rows.of(x), weights, x, initial, dropout)
+        output, final = run_stack(run_layer, cell, rows_of(x), weights, x, initial, dropout)
         if dim == 2:
             output, final = output.squeeze(1), tuple(s.squeeze(1) for s in final)
         elif module.batch_first:

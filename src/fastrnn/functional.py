@@ -19,9 +19,20 @@ from fastrnn.backends import Backend, LayerBackend, StackSizes
 from fastrnn.capture import is_capturing, is_jit_tracing, is_onnx_exporting, is_transforming
 from fastrnn.cells import CELLS, Cell, State
 from fastrnn.dispatch import load_backend, load_layer_backend, resolve_backend, sizes_matter
-from fastrnn.layer import Layer, Rows, Weights, castable, check_state, to_dtype
+from fastrnn.layer import (
+    Layer,
+    Rows,
+    Weights,
+    castable,
+    check_state,
+    rows_of,
+    rows_of_one_step,
+    to_dtype,
+)
 
-__all__ = ["autocast_dtype", "rnn", "run_stack", "stack_sizes", "step"]
+__all__ = ["Weights", "rnn", "step"]
+
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # every call asks
 
 
 def rnn(
@@ -40,8 +51,8 @@ def rnn(
     Args:
         cell: one of :data:`fastrnn.cells.CELLS`.
         input: ``[T, B, I]``, or with ``batch_sizes`` the rows of a packed batch, ``[N, I]``.
-        weights: ``weights[layer][direction]``, each a :class:`fastrnn.layer.Weights` or a tuple of
-            its five fields.
+        weights: ``weights[layer][direction]``, all of them :class:`Weights`, or all of them tuples
+            of its five fields.
         hx: the initial state, one tensor per state of the cell: h ``[L*D, B, P]``, the others
             ``[L*D, B, H]``, for L layers of D directions. None is zero.
         batch_sizes: as in :class:`torch.nn.utils.rnn.PackedSequence`: int64, on the CPU.
@@ -63,10 +74,10 @@ def rnn(
     """
     if type(weights[0][0]) is not Weights:
         weights = [[Weights(*w) for w in directions] for directions in weights]
-    if (dtype := autocast_dtype(input)) is not None:
+    if _is_any_autocast_enabled() and (dtype := autocast_dtype(input)) is not None:
         weights = [[Weights(*to_dtype(dtype, w)) for w in directions] for directions in weights]
         input, hx = input.to(dtype), None if hx is None else to_dtype(dtype, hx)
-    rows, capturing = Rows.of(input, batch_sizes), is_capturing()
+    rows, capturing = rows_of(input, batch_sizes), is_capturing()
     run = _backend(cell, input, weights, rows, backend, capturing)
     if run.kind == "stack":
         layers = [Layer(cell, rows, directions, None) for directions in weights]
@@ -122,10 +133,10 @@ def step(
     """
     if type(weights) is not Weights:
         weights = Weights(*weights)
-    if (dtype := autocast_dtype(input)) is not None:
+    if _is_any_autocast_enabled() and (dtype := autocast_dtype(input)) is not None:
         weights = Weights(*to_dtype(dtype, weights))
         input, hx = input.to(dtype), None if hx is None else to_dtype(dtype, hx)
-    rows, capturing = Rows.of_one_step(input), is_capturing()
+    rows, capturing = rows_of_one_step(input), is_capturing()
     directions = (weights,)
     run = _backend(cell, input, (directions,), rows, backend, capturing)
     layer = Layer(cell, rows, directions, hx)
@@ -138,7 +149,7 @@ def step(
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The dtype in which autocast runs a layer here and now; None if it keeps the input's."""
-    if not torch._C._is_any_autocast_enabled() or not castable(input):
+    if not _is_any_autocast_enabled() or not castable(input):
         return None
     device = input.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -173,7 +184,7 @@ def _backend(
     if capturing:
         w = weights[0][0]
         if is_onnx_exporting():
-            onnx.check(w)
+            onnx.check(cell, w)
             # The exporter that traces knows the ONNX equivalents of torch's own operators.
             traced = is_jit_tracing() or not onnx.knows(cell)
             return load_backend("torch" if traced else "reference")

@@ -1,13 +1,13 @@
 """One layer of a call: the object that :mod:`fastrnn.functional` makes and every backend receives.
 
 A :class:`Layer` is a cell, the weights of its directions, its state and its rows. Names are those
-of the C++ engine (``csrc/engine.h``). Sizes: T steps, N rows in all, B rows at the widest step,
-D directions, G gates, input size I, hidden size H, and P, the size of h, which is H unless the
-layer is projected.
+of the C++ engine (``csrc/layer.h``, ``csrc/rows.h``). Sizes: T steps, N rows in all, B rows at the
+widest step, D directions, G gates, input size I, hidden size H, and P, the size of h, which is H
+unless the layer is projected.
 
 What a backend may rely on is checked here for every caller: tensors that fit together.
-The checks raise RuntimeError, or ValueError, that names what was expected and what came. The
-modules check their user's arguments first, in torch's words.
+The checks raise RuntimeError, or ValueError, with the expected and the actual value. The modules
+check their user's arguments first, in torch's words.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ __all__ = [
     "check_state",
     "check_strided",
     "filled",
+    "rows_of",
+    "rows_of_one_step",
     "to_dtype",
 ]
 
@@ -72,39 +74,6 @@ class Rows(NamedTuple):
     batch_sizes: Tensor | None = None
     one_step: bool = False
 
-    @classmethod
-    def of(cls, input: Tensor, batch_sizes: Tensor | None = None) -> Rows:
-        """The rows of a sequence.
-
-        Raises:
-            ValueError: the rank of the input, or the dtype or device of ``batch_sizes``, is wrong.
-            RuntimeError: T = 0, or the batch sizes do not fit the input or each other.
-        """
-        if batch_sizes is not None:
-            if input.dim() != 2:
-                raise ValueError(f"expected packed rows of 2 dimensions [N, I], got {input.dim()}")
-            N = input.shape[0]
-            B = check_batch_sizes(batch_sizes, N)
-            return cls(len(batch_sizes), B, N, batch_sizes)
-        if input.dim() != 3:
-            raise ValueError(f"expected an input of 3 dimensions [T, B, I], got {input.dim()}")
-        T, B, _ = input.shape
-        if T == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
-        return cls(T, B, T * B)
-
-    @classmethod
-    def of_one_step(cls, input: Tensor) -> Rows:
-        """The rows of one step of a cell.
-
-        Raises:
-            ValueError: the rank of the input is wrong.
-        """
-        if input.dim() != 2:
-            raise ValueError(f"expected an input of 2 dimensions [B, I], got {input.dim()}")
-        B = input.shape[0]
-        return cls(1, B, B, None, True)
-
     def steps(self, reverse: bool) -> list[slice]:
         """The rows of each step, in the direction's order of time."""
         if self.batch_sizes is None:
@@ -145,10 +114,43 @@ class Rows(NamedTuple):
         return torch.cat([out, first])[index]
 
 
-class Layer:
-    """One layer of a call, immutable.
+def rows_of(input: Tensor, batch_sizes: Tensor | None = None) -> Rows:
+    """The rows of a batch of sequences.
 
-    Not a tuple, so that transforms of torch.func treat it as one opaque argument: the tensors that
+    Raises:
+        ValueError: the rank of the input, or the dtype or device of ``batch_sizes``, is wrong.
+        RuntimeError: T = 0, or the batch sizes do not fit the input or each other.
+    """
+    if batch_sizes is not None:
+        if input.dim() != 2:
+            raise ValueError(f"expected packed rows of 2 dimensions [N, I], got {input.dim()}")
+        N = input.shape[0]
+        B = check_batch_sizes(batch_sizes, N)
+        return Rows(len(batch_sizes), B, N, batch_sizes)
+    if input.dim() != 3:
+        raise ValueError(f"expected an input of 3 dimensions [T, B, I], got {input.dim()}")
+    T, B, _ = input.shape
+    if T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got 0")
+    return Rows(T, B, T * B)
+
+
+def rows_of_one_step(input: Tensor) -> Rows:
+    """The rows of one step of a cell.
+
+    Raises:
+        ValueError: the rank of the input is wrong.
+    """
+    if input.dim() != 2:
+        raise ValueError(f"expected an input of 2 dimensions [B, I], got {input.dim()}")
+    B = input.shape[0]
+    return Rows(1, B, B, None, True)
+
+
+class Layer:
+    """One layer of a call; :meth:`check` validates it against its input.
+
+    Immutable, as the type checker enforces. Not a tuple, so that transforms of torch.func treat it as one opaque argument: the tensors that
     they must see are passed beside it (:meth:`tensors`).
 
     Args:

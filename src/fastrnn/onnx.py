@@ -25,12 +25,14 @@ def knows(cell: Cell) -> bool:
     return cell.mode in _GATES and hasattr(torch.onnx, "ops")
 
 
-def check(weights: Weights) -> None:
+def check(cell: Cell, weights: Weights) -> None:
     """Refuse what ONNX does not have, for either exporter.
 
     Raises:
-        RuntimeError: the layer is projected.
+        RuntimeError: there is no operator for the cell, or the layer is projected.
     """
+    if cell.mode not in _GATES:
+        raise RuntimeError(f"ONNX has no operator for the cell {cell.mode}")
     if weights.hr is not None:
         raise RuntimeError("ONNX has no operator for an LSTM with projections (proj_size)")
 

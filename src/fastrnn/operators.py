@@ -16,7 +16,7 @@ from fastrnn import onnx
 from fastrnn.capture import is_exporting, is_forward_ad, is_jit_tracing, is_onnx_exporting
 from fastrnn.cells import CELLS, State
 from fastrnn.dispatch import load_layer_backend
-from fastrnn.layer import Layer, Rows, Weights, filled
+from fastrnn.layer import Layer, Rows, Weights, filled, rows_of
 
 __all__ = ["call_layer_op"]
 
@@ -76,7 +76,8 @@ def call_layer_op(backend: str, layer: Layer, x: Tensor, save: bool) -> tuple[Te
     if is_onnx_exporting():
         return onnx.emit_node(layer, x)
     if state is None and rows.batch_sizes is not None:
-        # The state tells the number of sequences without a look at values. A trace reads it anew.
+        # The state tells the number of sequences without a look at values. A trace reads it at every
+        # run.
         B = rows.batch_sizes[0] if is_jit_tracing() else rows.B
         state = cell.zero_state(x, (layer.D, B), layer.H, layer.P)
     elif state is None and is_exporting():
@@ -110,7 +111,7 @@ def _run(*args: Any) -> list[Tensor]:
     rank = 3 if a.batch_sizes is None else 2
     if a.x.dim() != rank:
         raise RuntimeError(f"expected an input of {rank} dimensions, as captured, got {a.x.dim()}")
-    layer, backend = a.layer(Rows.of(a.x, a.batch_sizes)), load_layer_backend(a.backend)
+    layer, backend = a.layer(rows_of(a.x, a.batch_sizes)), load_layer_backend(a.backend)
     if not backend.VALIDATES or a.x.dtype.itemsize == 2:
         layer.check(a.x)
     out, final, saved = backend.forward(layer, a.x.contiguous(), save=save)

@@ -52,7 +52,7 @@ if hasattr(os, "register_at_fork"):
 def one_thread_in_a_child() -> None:
     """Limit torch to one thread after a fork, which OpenMP's threads do not survive.
 
-    torch would otherwise wait for them for ever.
+    torch would otherwise deadlock.
     """
     if _in_a_child and get_num_threads() > 1:
         set_num_threads(1)
@@ -157,7 +157,7 @@ class LayerBackend(BackendModule, Protocol):
         """Run a layer: ``x [*, I]`` to ``out [*, D*P]``, the final state, and the saved tensor.
 
         ``*`` is ``T, B`` in a dense batch, ``N`` in a packed one, and ``B`` for one step of a cell.
-        The saved tensor is as :meth:`saved_spec` says, or None unless ``save``.
+        The saved tensor has the form of :meth:`saved_spec`; None unless ``save``.
         """
 
     def backward(

@@ -85,6 +85,12 @@ def isa() -> str:
     raise AssertionError("the generic engine runs everywhere")
 
 
+@cache
+def _engine(cell: Cell) -> tuple[str, int]:
+    """The instruction set and the index of a cell, the first arguments of the extension."""
+    return isa(), _index(cell)
+
+
 def refuses(
     cell: Cell,
     dtype: torch.dtype,
@@ -119,8 +125,7 @@ def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor 
     if x.dtype in HALF_DTYPES:
         return forward_in_float32(forward, layer, x, save)
     return _cpp.forward(
-        isa(),
-        _index(layer.cell),
+        *_engine(layer.cell),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         layer.rows.batch_sizes,
@@ -143,8 +148,7 @@ def backward(
     if x.dtype in HALF_DTYPES:
         return backward_in_float32(backward, layer, x, out, saved, dout, dfinal, needed)
     return _cpp.backward(
-        isa(),
-        _index(layer.cell),
+        *_engine(layer.cell),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         layer.rows.batch_sizes,

@@ -21,6 +21,7 @@ from fastrnn.backends.products import (
     HALF_DTYPES,
     Recurrence,
     backward_in_float32,
+    check_saved,
     forward_in_float32,
     gradients,
     in_own_dtype,
@@ -127,6 +128,7 @@ def backward(
 ) -> Gradients:
     if x.dtype in HALF_DTYPES:
         return backward_in_float32(backward, layer, x, out, saved, dout, dfinal, needed)
+    check_saved(layer, x, out, saved, saved_spec(layer, x.dtype)[0])
     cell, rows, G, P, summed = layer.cell, layer.rows, layer.G, layer.P, layer.cell.summed
     B = rows.B
     D, N, _, H = saved.shape

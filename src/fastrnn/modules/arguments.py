@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from fastrnn.cells import Cell, State
+from fastrnn.layer import Weights
 
-__all__ = ["as_state", "lookup", "permuted", "rank", "rnn_mode"]
+__all__ = ["as_state", "permuted", "rank", "rnn_mode", "weights_of"]
 
 
-def lookup(module: nn.Module, names: Sequence[str]) -> list[Any]:
-    """Attributes by name; parameters are found without the cost of ``nn.Module.__getattr__``."""
-    parameters = module._parameters
+def weights_of(module: nn.Module, names: Sequence[str]) -> Weights:
+    """The attributes of these names; parameters skip the cost of ``nn.Module.__getattr__``."""
     try:
-        return [parameters[name] for name in names]
+        return Weights(*itemgetter(*names)(module._parameters))
     except KeyError:
-        return [getattr(module, name) for name in names]
+        return Weights(*[getattr(module, name) for name in names])
 
 
 def rank(input: Any, expected: str) -> int:

@@ -10,7 +10,7 @@ from fastrnn import functional
 from fastrnn.capture import fx_node, no_script_error
 from fastrnn.cells import CELLS, Cell, State
 from fastrnn.layer import Weights
-from fastrnn.modules.arguments import as_state, lookup, rank, rnn_mode
+from fastrnn.modules.arguments import as_state, rank, rnn_mode, weights_of
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "RNNCellBase"]
 
@@ -55,7 +55,7 @@ class RNNCellBase(nn.RNNCellBase):
         return new if len(new) > 1 else new[0]
 
     def _weights(self) -> Weights:
-        return Weights(*lookup(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
+        return weights_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
 
     @property
     def _name(self) -> str:

@@ -80,7 +80,8 @@ class TorchLayer(nn.RNNBase):
     # The checks of torch.nn's layers. Those without an underscore have torch's names.
 
     def _check_dimensions(self, input: Tensor) -> int:
-        if (dim := rank(input, "a Tensor or a PackedSequence")) not in (2, 3):
+        dim = rank(input, "a Tensor or a PackedSequence")
+        if dim != 3 and dim != 2:
             raise ValueError(
                 f"{self._name}: Expected input to be 2D or 3D, got {dim}D tensor instead"
             )

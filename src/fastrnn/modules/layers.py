@@ -15,7 +15,7 @@ from fastrnn import functional
 from fastrnn.capture import check_not_exporting, fx_node, is_jit_tracing, run_outside_graph
 from fastrnn.cells import CELLS
 from fastrnn.layer import Weights, check_batch_sizes
-from fastrnn.modules.arguments import lookup, permuted, rank, rnn_mode
+from fastrnn.modules.arguments import permuted, rank, rnn_mode, weights_of
 from fastrnn.modules.compat import TorchLayer
 from fastrnn.modules.lengths import checked_lengths, rnn_with_lengths
 
@@ -131,7 +131,7 @@ class RNNBase(TorchLayer):
         """``[layer][direction]``, as :func:`fastrnn.functional.rnn` takes them."""
         flat: list[Weights] = []
         for names in self._all_weights:
-            w = Weights(*lookup(self, names))
+            w = weights_of(self, names)
             if self.proj_size and not self.bias:
                 w = w._replace(bias_ih=None, hr=w.bias_ih)
             flat.append(w)
@@ -155,8 +155,7 @@ class RNNBase(TorchLayer):
         if isinstance(input, PackedSequence):
             check_not_exporting()
             return run_outside_graph(RNNBase._forward_packed, self, input, hx)
-        cell = self._cell
-        weights = self._weights()
+        cell, weights = CELLS[self.mode], self._weights()
         dim = self._check_dimensions(input)
         state = None if hx is None else self._check_rank(cell, hx, dim)
         if dim == 2:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastrnn import functional
 from fastrnn.capture import is_transforming, unwrapped
 from fastrnn.cells import Cell, State
-from fastrnn.layer import Weights, check_like
+from fastrnn.layer import Weights, check_like, check_strided
 
 __all__ = ["checked_lengths", "rnn_with_lengths"]
 
@@ -78,7 +78,7 @@ def rnn_with_lengths(
         lengths: as :func:`checked_lengths` returns them.
     """
     # The backend checks active sequences only.
-    check_like("input", input, input)
+    check_strided("input", input)
     dtype = functional.autocast_dtype(input)
     for s in () if dtype or hx is None else hx:
         check_like("initial state", s, input)
