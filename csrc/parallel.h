@@ -11,8 +11,8 @@
 
 namespace fastrnn {
 
-// Spins for a bounded time and then gives its core away, because a partner that the scheduler has
-// put aside may be gone for milliseconds.
+// Spins for a bounded time and then gives its core away, because a thread that was descheduled
+// may not run for milliseconds.
 class Barrier {
  public:
   void wait(int team);

@@ -58,13 +58,13 @@ void* allocate(size_t bytes) {
 
 Scratch::Scratch(size_t bytes) : size_(bytes) {
   if (bytes > PTRDIFF_MAX - kHugePage) throw std::bad_alloc();
-  const size_t wanted = round_up(std::max<size_t>(bytes, 1), kPage);
+  const size_t needed = round_up(std::max<size_t>(bytes, 1), kPage);
   // try_lock: a child forked while another thread held the mutex must not wait for it.
   Pool& p = pool();
   if (std::unique_lock<std::mutex> lock(p.mutex, std::try_to_lock); lock) {
     auto best = p.blocks.end();
     for (auto it = p.blocks.begin(); it != p.blocks.end(); ++it) {
-      if (it->capacity >= wanted && it->capacity / kMaxWaste <= wanted &&
+      if (it->capacity >= needed && it->capacity / kMaxWaste <= needed &&
           (best == p.blocks.end() || it->capacity < best->capacity)) {
         best = it;
       }
@@ -77,8 +77,8 @@ Scratch::Scratch(size_t bytes) : size_(bytes) {
     }
   }
   if (!data_) {
-    data_ = allocate(wanted);
-    capacity_ = wanted;
+    data_ = allocate(needed);
+    capacity_ = needed;
   }
   if (g_poison.load(std::memory_order_relaxed)) std::memset(data_, 0xff, capacity_);
 }

@@ -158,7 +158,7 @@ class Tensor {
 
  private:
   // A type that inherits the table from torch.Tensor, like Parameter, has the same layout. The
-  // first four types are remembered, and kept alive.
+  // first four types are cached, and never released.
   static const dlpack::Table* table_of(PyTypeObject* type) {
     static PyTypeObject* known[4] = {};
     static const dlpack::Table* tables[4] = {};

@@ -114,7 +114,7 @@ def own_states(layer: Layer, h: Tensor, s: Tensor, sizes: PaddedSizes, dtype: to
     No returned tensor is a view, so callers may edit them in place.
     """
     form = torch.contiguous_format
-    found = [r[..., : sizes.H].to(dtype, copy=True, memory_format=form) for r in s]
+    others = [r[..., : sizes.H].to(dtype, copy=True, memory_format=form) for r in s]
     if h.dtype != dtype or sizes.P_pad != sizes.P:
         h = h[..., : sizes.P].to(dtype, copy=True, memory_format=form)
-    return tuple(r.squeeze_(0) if layer.rows.one_step else r for r in (h, *found))
+    return tuple(r.squeeze_(0) if layer.rows.one_step else r for r in (h, *others))

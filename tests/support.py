@@ -289,8 +289,8 @@ def data(case: Case, dtype: torch.dtype, seed: int = 2) -> Data:
         lengths[case.B // 2] = case.T
         if case.layout == "packed":
             lengths = lengths.sort(descending=True).values
-    rows = case.layers * case.directions
-    states = [(rows, case.B, case.H if k else case.P) for k in range(len(case.cell.states))]
+    num_states = case.layers * case.directions
+    states = [(num_states, case.B, case.H if k else case.P) for k in range(len(case.cell.states))]
     return Data(
         x=randn(case.T, case.B, case.I),
         lengths=lengths,

@@ -88,7 +88,7 @@ def test_char_lm_trains_and_compares_both(cell, text, tmp_path):
     for expected in ("60/60", "bits per character", "perplexity", "times as fast", "writes:"):
         assert expected in done.stdout
     assert "NO " not in done.stdout
-    assert "\x1b" not in done.stdout, "escape codes although the output is no terminal"
+    assert "\x1b" not in done.stdout, "escape codes although the output is not a terminal"
     assert plot.read_bytes().startswith(b"\x89PNG")
     for backend in "torch", "fastrnn":
         curve = losses(checkpoint, backend)

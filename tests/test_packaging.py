@@ -347,7 +347,7 @@ def test_tables_in_the_documents_are_printed(
     pytest.importorskip("triton", "3.6")
     document = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     table = printed(monkeypatch, capsys, "fastrnn.kernels.triton", "--cost")
-    assert f"<!-- paper -->\n{table}<!-- /paper -->" in document
+    assert f"<!-- cost -->\n{table}<!-- /cost -->" in document
     command = [sys.executable, str(ROOT / "bench" / "graphs.py"), "docs/benchmarks/h200.json"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"<!-- h200 -->\n{run.stdout}<!-- /h200 -->" in document

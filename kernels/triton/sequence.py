@@ -1,7 +1,7 @@
 """The loop over time of one layer, forward and backward, for any cell.
 
 A program has BB sequences of one direction and BH hidden units (BP elements of a projected h), and
-keeps their state in float32. ``SYNC`` says how a program gets the units of the other programs:
+keeps their state in float32. ``SYNC`` selects how a program gets the units of the other programs:
 
     "program"  there are no other programs: the state stays in registers from step to step
     "grid"     through memory, after a barrier of all programs of these sequences, which must all be
@@ -9,7 +9,7 @@ keeps their state in float32. ``SYNC`` says how a program gets the units of the 
     "launch"   through memory, and each launch ends where the programs would synchronise
 
 A step has two parts where h is projected, the cell and the projection, with a barrier after each.
-``PART`` says which parts a launch runs: "both", or the name of one. In the backward pass the first
+``PART`` selects which parts a launch runs: "both", or the name of one. In the backward pass the first
 part is the product of ``W_hh`` with the gradients of the step after. There is one turn more than
 there are steps, and that turn runs only this part.
 

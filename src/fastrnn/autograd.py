@@ -209,8 +209,8 @@ class _LayerBackward(_Function):
 
         def gradients(*values: Tensor) -> tuple[Tensor, ...]:
             cotangents, (x, *tensors) = _split(template, filled(present, values))
-            found = _gradients(template, x, tensors, cotangents, needed)
-            return tuple(g for g in found if g is not None)
+            grads = _gradients(template, x, tensors, cotangents, needed)
+            return tuple(g for g in grads if g is not None)
 
         pull = torch.func.vjp(gradients, *(t for t in arguments if t is not None))[1]
         with _without_autocast(x):

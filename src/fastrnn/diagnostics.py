@@ -58,9 +58,9 @@ class GradientFlow:
         for ax, values in zip(axes, (self.gradient, self.saturation), strict=True):
             colors = {name: f"C{k}" for k, name in enumerate(values)}
             for name, color in colors.items():
-                rows = values[name].flatten(0, 1).cpu()
-                for row, style in zip(rows, styles.values(), strict=True):
-                    ax.plot(range(T), row, color=color, **style)
+                curves = values[name].flatten(0, 1).cpu()
+                for curve, style in zip(curves, styles.values(), strict=True):
+                    ax.plot(range(T), curve, color=color, **style)
             names = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
             lines = handles if len(handles) > 1 and ax is axes[0] else []
             ax.legend(handles=names + lines, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)

@@ -150,8 +150,9 @@ def rows_of_one_step(input: Tensor) -> Rows:
 class Layer:
     """One layer of a call; :meth:`check` validates it against its input.
 
-    Immutable, as the type checker enforces. Not a tuple, so that transforms of torch.func treat it as one opaque argument: the tensors that
-    they must see are passed beside it (:meth:`tensors`).
+    Immutable, as the type checker enforces. It is not a tuple, so that transforms of torch.func
+    treat it as one opaque argument. The tensors that they must see are passed beside it
+    (:meth:`tensors`).
 
     Args:
         weights: of each direction.

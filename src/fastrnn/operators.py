@@ -76,8 +76,8 @@ def call_layer_op(backend: str, layer: Layer, x: Tensor, save: bool) -> tuple[Te
     if is_onnx_exporting():
         return onnx.emit_node(layer, x)
     if state is None and rows.batch_sizes is not None:
-        # The state tells the number of sequences without a look at values. A trace reads it at every
-        # run.
+        # The state gives the number of sequences without a look at values. A trace reads that
+        # number at every run.
         B = rows.batch_sizes[0] if is_jit_tracing() else rows.B
         state = cell.zero_state(x, (layer.D, B), layer.H, layer.P)
     elif state is None and is_exporting():
