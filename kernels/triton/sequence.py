@@ -10,8 +10,8 @@ keeps their state in float32. ``SYNC`` selects how a program gets the units of t
 
 A step has two parts where h is projected, the cell and the projection, with a barrier after each.
 ``PART`` selects the parts that a launch runs: "both", or the name of one. In the backward pass the
-first part is the product of ``W_hh`` with the gradients of the step after. There is one turn more than
-there are steps, and that turn runs only this part.
+first part is the product of ``W_hh`` with the gradients of the step after. There is one turn more
+than there are steps, and that turn runs only this part.
 
 Sizes: T steps, N rows, B sequences, H hidden units, P elements of h, D directions. Tensors have
 H_pad and P_pad in place of H and P: the next multiples of 16. Padding that enters a product is
