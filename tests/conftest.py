@@ -33,8 +33,20 @@ def pytest_configure() -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+# The files whose tests take longest, which run first.
+LONG_FILES = {
+    name: order
+    for order, name in enumerate(
+        ("test_triton", "test_new_cell", "test_examples", "test_operators", "test_runtime")
+    )
+}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip a cell on a backend that refuses it, and leave out what another run has tested."""
+    """Skip a cell on a backend that refuses it, leave out repetitions, and run long files first.
+
+    Workers take tests from each other, and short ones at the end leave none of them idle.
+    """
     from fastrnn.cells import CELLS
     from fastrnn.dispatch import BACKENDS, load_backend
 
@@ -55,6 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # A test that selects its backend itself is the same as without the variable.
         config.hook.pytest_deselected(items=named)
         items[:] = [item for item in items if item not in set(named)]
+    items.sort(key=lambda item: LONG_FILES.get(item.path.stem, len(LONG_FILES)))
 
 
 @pytest.fixture(autouse=True)

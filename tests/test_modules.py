@@ -453,7 +453,11 @@ def test_lengths_of_no_steps_or_sequences() -> None:
         ([2**70, 1], TypeError, "integers"),
         (torch.ones(2, dtype=torch.complex128), TypeError, "integers"),
         (torch.ones(2, dtype=torch.int64, device="meta"), TypeError, "got a meta tensor"),
-        (torch.ones(2, dtype=torch.int64).to_sparse(), TypeError, "got a tensor of torch.sparse"),
+        (
+            torch.ones(2, dtype=torch.int64).to_sparse(),
+            TypeError,
+            "got a tensor of layout torch.sparse",
+        ),
     ],
 )
 def test_wrong_lengths(lengths: Any, error: type[Exception], message: str) -> None:
