@@ -239,7 +239,7 @@ MUTANTS = (
         "src/fastrnn/layer.py",
         "if total != N or B > N:",
         "if total != N:",
-        "tests/test_bad_input.py",
+        "tests/test_dispatch.py -k functional",
     ),
     Mutant(
         "a state of another device is accepted",

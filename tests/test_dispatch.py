@@ -429,6 +429,10 @@ def test_functional_checks_its_own_arguments() -> None:
         input, weights, *hx = args
         with pytest.raises(RuntimeError, match=text):
             functional.rnn(GRU, input, [[weights]], *hx)
+    large = 2**62  # the sum overflows back to the number of rows
+    sizes = torch.tensor([large + 1, large + 1, large + 1, large])
+    with pytest.raises(RuntimeError, match="as many packed rows"):
+        functional.rnn(GRU, torch.randn(3, 3), [[w]], batch_sizes=sizes, backend="reference")
     with pytest.raises(ValueError, match="3 dimensions"):
         functional.rnn(GRU, x[0], [[w]])
     with pytest.raises(ValueError, match="2 dimensions"):
