@@ -210,6 +210,13 @@ def _row_counts(rows: Rows) -> tuple[list[int], Tensor | None]:
     return sizes.tolist(), offsets
 
 
+def _common(layer: Layer, sizes: PaddedSizes) -> dict[str, Any]:
+    """The arguments that both passes have, and that are the same for both directions."""
+    common = {"zero": 0.0, "G": layer.G, "states": len(layer.cell.states), **sizes._asdict()}
+    del common["N"]
+    return common
+
+
 def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor | None]:
     """As ``fastrnn.backends.LayerBackend.forward``."""
     sizes = padded_sizes(layer)
@@ -244,10 +251,11 @@ def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor 
     scratch = x.new_empty(D, B, H_pad + columns_hr + num_saved * H_pad)
     step, _ = _cells(cell.mode, x.dtype)
     kernel, _ = _kernels(x.dtype)
+    common = _common(layer, sizes)
     arguments = [
         sequence.ForwardArguments(
             cell=step,
-            zero=0.0,
+            **common,
             gx=_at(gx[d]),
             w_hh=_at(w_hh[d]),
             bias=_at(bias[d]),
@@ -258,15 +266,6 @@ def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor 
             s=_at(s, d * B * H_pad),
             out=_at(out, d * P_pad),
             saved=_at(saved, d * N * num_saved * H_pad),
-            T=T,
-            B=B,
-            H_pad=H_pad,
-            P_pad=P_pad,
-            D=D,
-            H=H,
-            P=P,
-            G=G,
-            states=len(cell.states),
             num_saved=num_saved,
             columns=columns,
             columns_hr=columns_hr,
@@ -327,10 +326,11 @@ def backward(
     buffers = {"dgh": dgh, "dh_product": dh_product, "scratch": x.new_empty(D, B, columns_hr)}
     _, step = _cells(cell.mode, x.dtype)
     _, kernel = _kernels(x.dtype)
+    common = _common(layer, sizes)
     arguments = [
         sequence.BackwardArguments(
             cell=step,
-            zero=0.0,
+            **common,
             saved=_at(saved, d * N * num_saved * H_pad),
             out=_at(out, d * P_pad),
             dout=_at(dout, d * P_pad),
@@ -343,16 +343,7 @@ def backward(
             ds=_at(ds, d * B * H_pad),
             dpre=_at(dpre, d * N * num_preacts * H_pad),
             dh_all=_at(dh_all, d * N * P_pad),
-            T=T,
-            B=B,
-            H_pad=H_pad,
-            P_pad=P_pad,
-            D=D,
-            H=H,
-            P=P,
-            G=G,
             summed=cell.summed,
-            states=len(cell.states),
             num_saved=num_saved,
             columns=columns,
             columns_hr=columns_hr,

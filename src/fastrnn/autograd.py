@@ -40,7 +40,7 @@ def apply_layer(
     Where no gradient is needed, no Function is entered and nothing is saved.
 
     Args:
-        capturing: the answer of :func:`fastrnn.capture.is_capturing`, which takes time to ask.
+        capturing: the value of :func:`fastrnn.capture.is_capturing`, evaluated once per call.
     """
     transforming = is_transforming()
     if transforming:

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-# Every call of a layer asks: names of this module are found faster.
+# Evaluated in every call of a layer, where names of this module are faster than attributes.
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _are_transforms_active = torch._C._are_functorch_transforms_active

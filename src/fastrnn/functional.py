@@ -32,7 +32,7 @@ from fastrnn.layer import (
 
 __all__ = ["Weights", "rnn", "step"]
 
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # every call asks
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # evaluated in every call
 
 
 def rnn(
