@@ -113,7 +113,9 @@ def gradient_flow(
         module(input, hx)  # which checks both
     cell, weights, dim = module._cell, module._weights(), input.dim()
     state = None if hx is None else module._check_rank(cell, hx, dim)
-    x = input.unsqueeze(1) if dim == 2 else input.transpose(0, 1) if module.batch_first else input
+    x = module._time_major(input)
+    rows = rows_of(x)
+    layers = [Layer(cell, rows, directions, None) for directions in weights]
     measured: list[_MeasuredLayer] = []
 
     def run_layer(layer: Layer, x: Tensor) -> tuple[Tensor, State]:
@@ -123,7 +125,7 @@ def gradient_flow(
     with torch.enable_grad():
         initial = None if state is None else tuple(s.detach() for s in state)
         dropout = module.dropout if module.training else 0.0
-        output, final = run_stack(run_layer, cell, rows_of(x), weights, x, initial, dropout)
+        output, final = run_stack(run_layer, layers, x, initial, dropout)
         if dim == 2:
             output, final = output.squeeze(1), tuple(s.squeeze(1) for s in final)
         elif module.batch_first:
@@ -166,7 +168,7 @@ class _MeasuredLayer:
         for d, w in enumerate(layer.weights):
             blocks = [one if d == k else torch.zeros_like(one) for k in range(D)]
             widened.append(w._replace(ih=torch.cat([w.ih, *blocks], 1)))
-        sizes = stack_sizes(cell, x, (layer.weights,), layer.rows)
+        sizes = stack_sizes((layer,), x)
         backend = resolve_backend(cell, x.dtype, x.device, sizes, None)
         if backend.kind == "stack":
             backend = load_layer_backend("reference")

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import functional
 from fastrnn.dispatch import BackendError, Choice, explain_choice, load_backend
-from fastrnn.layer import Rows
+from fastrnn.layer import Layer, rows_of, rows_of_one_step
 from fastrnn.modules import RNNBase, RNNCellBase
 
 __all__ = ["explain"]
@@ -37,20 +37,16 @@ def explain(module: RNNBase | RNNCellBase, input: Tensor | PackedSequence) -> Ch
     module._check_dimensions(data)
     if isinstance(module, RNNCellBase):
         stack = [[module._weights()]]
-        B = data.shape[:-1].numel()
-        rows = Rows(1, B, B, one_step=True)
+        rows = rows_of_one_step(data if data.dim() == 2 else data.unsqueeze(0))
     else:
         stack = module._weights()
         if isinstance(input, PackedSequence):
-            sizes = input.batch_sizes
-            rows = Rows(len(sizes), int(sizes[0]), len(data), sizes)
-        elif data.dim() == 2:
-            rows = Rows(len(data), 1, len(data))
+            rows = rows_of(data, input.batch_sizes)
         else:
-            T, B = data.shape[:2] if not module.batch_first else data.shape[1::-1]
-            rows = Rows(T, B, T * B)
+            rows = rows_of(module._time_major(data))
     module._check_input(data, stack[0][0].ih)
-    stack_sizes = functional.stack_sizes(module._cell, data, stack, rows)
+    layers = [Layer(module._cell, rows, directions, None) for directions in stack]
+    stack_sizes = functional.stack_sizes(layers, data)
     dtype = functional.autocast_dtype(data) or data.dtype
     choice = explain_choice(module._cell, dtype, data.device, sizes=stack_sizes)
     if load_backend(choice.backend).kind == "stack":

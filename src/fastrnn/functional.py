@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,6 @@ from fastrnn.cells import CELLS, Cell, State
 from fastrnn.dispatch import load_backend, load_layer_backend, resolve_backend, sizes_matter
 from fastrnn.layer import (
     Layer,
-    Rows,
     Weights,
     castable,
     check_state,
@@ -78,37 +78,39 @@ def rnn(
         weights = [[Weights(*to_dtype(dtype, w)) for w in directions] for directions in weights]
         input, hx = input.to(dtype), None if hx is None else to_dtype(dtype, hx)
     rows, capturing = rows_of(input, batch_sizes), is_capturing()
-    run = _backend(cell, input, weights, rows, backend, capturing)
+    state = hx if len(weights) == 1 else None
+    layers = [Layer(cell, rows, directions, state) for directions in weights]
+    run = _backend(layers, input, backend, capturing)
     if run.kind == "stack":
-        layers = [Layer(cell, rows, directions, None) for directions in weights]
         if not is_onnx_exporting():  # where sizes are tensors
             _check_stack(layers, input, hx)
         return run.run_stack(layers, input, hx, dropout, training)
-    if len(weights) == 1:
-        return _run_layer(run, capturing, Layer(cell, rows, weights[0], hx), input)
+    if len(layers) == 1:
+        return _run_layer(run, capturing, layers[0], input)
     one_layer = partial(_run_layer, run, capturing)
-    return run_stack(one_layer, cell, rows, weights, input, hx, dropout if training else 0.0)
+    return run_stack(one_layer, layers, input, hx, dropout if training else 0.0)
 
 
 def run_stack(
     run_layer: Callable[[Layer, Tensor], tuple[Tensor, State]],
-    cell: Cell,
-    rows: Rows,
-    weights: Sequence[Sequence[Weights]],
+    layers: Sequence[Layer],
     x: Tensor,
     hx: State | None,
     dropout: float,
 ) -> tuple[Tensor, State]:
-    """Run one layer after the other by a function of a layer and its input."""
-    D = len(weights[0])
+    """Run one layer after the other by a function of a layer and its input.
+
+    Each gets its slice of ``hx``, the initial state of the stack, as its state.
+    """
+    D = layers[0].D
     if hx is not None:
-        check_state(cell, hx, (len(weights) * D, rows.B), weights[0][0], x)
+        _check_stack_state(layers, x, hx)
     finals: list[State] = []
-    for k, directions in enumerate(weights):
+    for k, layer in enumerate(layers):
         if k and dropout:
             x = F.dropout(x, dropout)
         state = None if hx is None else tuple(s[k * D : (k + 1) * D] for s in hx)
-        x, final = run_layer(Layer(cell, rows, directions, state), x)
+        x, final = run_layer(Layer(layer.cell, layer.rows, layer.weights, state), x)
         finals.append(final)
     return x, tuple(map(torch.cat, zip(*finals, strict=True)))
 
@@ -137,9 +139,8 @@ def step(
         weights = Weights(*to_dtype(dtype, weights))
         input, hx = input.to(dtype), None if hx is None else to_dtype(dtype, hx)
     rows, capturing = rows_of_one_step(input), is_capturing()
-    directions = (weights,)
-    run = _backend(cell, input, (directions,), rows, backend, capturing)
-    layer = Layer(cell, rows, directions, hx)
+    layer = Layer(cell, rows, (weights,), hx)
+    run = _backend((layer,), input, backend, capturing)
     if run.kind == "stack":
         if not is_onnx_exporting():
             layer.check(input)
@@ -155,71 +156,55 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def stack_sizes(
-    cell: Cell, input: Tensor, weights: Sequence[Sequence[Weights]], rows: Rows
-) -> StackSizes:
+def stack_sizes(layers: Sequence[Layer], input: Tensor) -> StackSizes:
     """The sizes on which a choice of :mod:`fastrnn.dispatch` may depend."""
-    w = weights[0][0]
+    first = layers[0]
+    gate_size = first.weights[0].hh.shape[:1].numel()  # an int in a trace, too
     return StackSizes(
-        len(weights),
-        len(weights[0]),
-        rows.B,
+        len(layers),
+        first.D,
+        first.rows.B,
         input.shape[-1],
-        w.hh.shape[:1].numel() // len(cell.gates),
-        0 if w.hr is None else w.hr.shape[0],
-        rows.batch_sizes is not None,
-        rows.T == 1,
+        gate_size // first.G,
+        first.P if first.projected else 0,
+        first.rows.batch_sizes is not None,
+        first.rows.T == 1,
     )
 
 
 def _backend(
-    cell: Cell,
-    input: Tensor,
-    weights: Sequence[Sequence[Weights]],
-    rows: Rows,
-    backend: str | None,
-    capturing: bool,
+    layers: Sequence[Layer], input: Tensor, backend: str | None, capturing: bool
 ) -> Backend:
     """The backend of a call; see the table in :mod:`fastrnn.capture`."""
+    first = layers[0]
+    cell = first.cell
     if capturing:
-        w = weights[0][0]
         if is_onnx_exporting():
-            onnx.check(cell, w)
+            onnx.check(cell, first.weights[0])
             # The exporter that traces knows the ONNX equivalents of torch's own operators.
             traced = is_jit_tracing() or not onnx.knows(cell)
             return load_backend("torch" if traced else "reference")
-        proj_size = 0 if w.hr is None else w.hr.shape[0]
-        layers = (len(weights), len(weights[0]), w.hh.shape[0] // len(cell.gates), proj_size)
+        # Without the sizes of the input, which may be symbols.
+        H, proj_size = first.H, first.P if first.projected else 0
         compiled = torch.compiler.is_compiling()
-        return _captured_backend(
-            cell.mode, input.dtype, input.device.type, backend, *layers, compiled
-        )
-    sizes = stack_sizes(cell, input, weights, rows) if sizes_matter(input.is_cpu) else None
-    run = resolve_backend(cell, input.dtype, input.device, sizes, backend)
+        sizes = StackSizes(len(layers), first.D, 1, H, H, proj_size, compiled=compiled)
+        return _captured_backend(cell.mode, input.dtype, input.device.type, backend, *sizes)
+    known = stack_sizes(layers, input) if sizes_matter(input.is_cpu) else None
+    run = resolve_backend(cell, input.dtype, input.device, known, backend)
     # torch's own operators have no rule for vmap, and some have none for forward mode.
     return load_backend("reference") if run.kind == "stack" and is_transforming() else run
 
 
 def _captured_backend(
-    mode: str,
-    dtype: torch.dtype,
-    device: str,
-    backend: str | None,
-    layers: int,
-    directions: int,
-    hidden_size: int,
-    proj_size: int,
-    compiled: bool,
+    mode: str, dtype: torch.dtype, device: str, backend: str | None, *sizes: Any
 ) -> Backend:
-    """The choice where batch sizes and lengths may be symbols.
+    """The choice as a constant of a graph: a compiler does not trace into it, nor into imports.
 
-    A compiler does not trace into it, nor into the import of the reference.
+    Args:
+        sizes: the fields of :class:`StackSizes`, since a constant cannot be made of a named tuple.
     """
     load_layer_backend("reference")
-    sizes = StackSizes(
-        layers, directions, 1, hidden_size, hidden_size, proj_size, compiled=compiled
-    )
-    return resolve_backend(CELLS[mode], dtype, torch.device(device), sizes, backend)
+    return resolve_backend(CELLS[mode], dtype, torch.device(device), StackSizes(*sizes), backend)
 
 
 # As torch.compiler.assume_constant_result, which imports the compiler.
@@ -246,6 +231,10 @@ def _check_stack(layers: Sequence[Layer], input: Tensor, hx: State | None) -> No
         layer.check(x)
         x = input.new_empty(0, sum(w.hh.shape[1] for w in layer.weights))
     if hx is not None:
-        first = layers[0]
-        leading = (len(layers) * first.D, first.rows.B)
-        check_state(first.cell, hx, leading, first.weights[0], input)
+        _check_stack_state(layers, input, hx)
+
+
+def _check_stack_state(layers: Sequence[Layer], input: Tensor, hx: State) -> None:
+    first = layers[0]
+    leading = (len(layers) * first.D, first.rows.B)
+    check_state(first.cell, hx, leading, first.weights[0], input)

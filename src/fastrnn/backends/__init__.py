@@ -136,7 +136,7 @@ class StackBackend(BackendModule, Protocol):
         dropout: float,
         training: bool,
     ) -> tuple[Tensor, State]:
-        """Run layers without a state of their own, as :func:`fastrnn.functional.rnn`."""
+        """Run layers from ``hx``, the state of the stack, as :func:`fastrnn.functional.rnn`."""
 
     def run_step(self, layer: Layer, x: Tensor) -> State:
         """Run one step of a cell, as :func:`fastrnn.functional.step`."""

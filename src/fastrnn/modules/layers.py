@@ -139,6 +139,12 @@ class RNNBase(TorchLayer):
             return [[w] for w in flat]
         return [flat[k : k + 2] for k in range(0, len(flat), 2)]
 
+    def _time_major(self, input: Tensor) -> Tensor:
+        """An input of one sequence or of a padded batch, as ``[T, B, I]``."""
+        if input.dim() == 2:
+            return input.unsqueeze(1)
+        return input.transpose(0, 1) if self.batch_first else input
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -158,10 +164,7 @@ class RNNBase(TorchLayer):
         cell, weights = CELLS[self.mode], self._weights()
         dim = self._check_dimensions(input)
         state = None if hx is None else self._check_rank(cell, hx, dim)
-        if dim == 2:
-            input = input.unsqueeze(1)
-        elif self.batch_first:
-            input = input.transpose(0, 1)
+        input = self._time_major(input)
         self._check_input(input, weights[0][0].ih)
         try:
             output, final = functional.rnn(
@@ -213,7 +216,7 @@ class RNNBase(TorchLayer):
             got = f"{input.dim()}D" if isinstance(input, Tensor) else type(input).__name__
             raise ValueError(f"{self._name}: Expected a 3D tensor with lengths, got {got}")
         cell, weights = self._cell, self._weights()
-        T, B = input.shape[:2] if not self.batch_first else input.shape[1::-1]
+        T, B = self._time_major(input).shape[:2]
         counts = checked_lengths(lengths, T, B)
         self._check_input(input, weights[0][0].ih)
         state = None
