@@ -15,6 +15,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from graphs import T as GPU_STEPS
 from matplotlib import ticker
-from workloads import CELLS, EVEN, ODD, PASSES, Shape, geometric_mean
+from workloads import CELLS, EVEN, LAST, ODD, PASSES, Shape, geometric_mean
 
 mpl.rcParams["svg.hashsalt"] = "fastrnn"  # the same element names in every run
 
@@ -312,6 +313,24 @@ class Report:
                 lines.append(f"| {r.cell} | {r.shape} | {r.variant} | {columns} |")
         return lines if len(lines) > 2 else []
 
+    def last(self) -> list[str]:
+        """Training on the last output: times torch.nn, and of the time with all outputs."""
+        lines = [
+            "| cell | (T, B, I, H) | against torch.nn "
+            "| of the time with a gradient of every output | of torch.nn's |",
+            "|---|---|---:|---:|---:|",
+        ]
+        for cell, shape in product(CELLS, LAST):
+            one = self.find(cell, "training", shape, "last")
+            every = self.find(cell, "training", shape)
+            if one and every:
+                shares = (one.seconds[n] / every.seconds[n] for n in ("fastrnn", "torch.nn"))
+                shown = " | ".join(f"{share:.2f}" for share in shares)
+                lines.append(
+                    f"| {cell} | {shape} | {emphasised(one.ratios['torch.nn'])} | {shown} |"
+                )
+        return lines if len(lines) > 2 else []
+
     def odd_shapes(self) -> list[str]:
         lines = [
             "| cell | pass | odd shape | even neighbour | share of its throughput |",
@@ -388,6 +407,7 @@ class Report:
                 "A compiled training step of a model, in microseconds",
                 self.compiled("model with fastrnn", "model with nn.Linear"),
             ),
+            ("Training on the last output", self.last()),
             ("Odd shapes", self.odd_shapes()),
             ("The Numba backend against torch.nn", self.numba()),
             ("Against torch.nn under other conditions", self.beside(others) if others else []),
@@ -456,6 +476,8 @@ class Report:
                 "|---|" + "---:|" * len(cells),
                 f"| CPU, float32, training (forward + backward), against torch.nn | {training} |",
                 f"| CPU, float32, inference, against torch.nn | {inference} |",
+                f"| CPU, float32, training on the last output of {LAST[0].T} to {LAST[-1].T} "
+                f"steps, against torch.nn | {' | '.join(map(self.last_mean, cells))} |",
                 f"| {gpu['device']}, bfloat16, at most {GPU_HIDDEN} hidden units and batch "
                 f"{GPU_BATCH}, against cuDNN | {' | '.join(ranges[c] for c in cells)} |",
                 "",
@@ -469,6 +491,10 @@ class Report:
                 "automatic choice is cuDNN.",
             ]
         )
+
+    def last_mean(self, cell: str) -> str:
+        found = [self.find(cell, "training", shape, "last") for shape in LAST]
+        return times(geometric_mean([r.ratios["torch.nn"] for r in found if r]))
 
     def shapes(self) -> str:
         """The second table of the README: some shapes, and the means."""

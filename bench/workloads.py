@@ -36,6 +36,8 @@ class Case:
 
     Attributes:
         packed: sequences have uniformly random lengths, at least one of them T steps.
+        last: the output of the last step is the only one that has a gradient, as when a network is
+            trained on one label per sequence. The gradient fades on its way to the first step.
         one_step: uses the cell module, such as ``nn.LSTMCell``; T is 1.
         threads: None for the number of threads of the run.
         deterministic: runs under ``torch.use_deterministic_algorithms``, where calls of few rows
@@ -48,6 +50,7 @@ class Case:
     layers: int = 1
     bidirectional: bool = False
     packed: bool = False
+    last: bool = False
     one_step: bool = False
     threads: int | None = None
     deterministic: bool = False
@@ -62,6 +65,7 @@ class Case:
             "2 layers": self.layers == 2,
             "bidirectional": self.bidirectional,
             "packed": self.packed,
+            "last": self.last,
             "cell": self.one_step,
             "1 thread": self.threads == 1,
             "deterministic": self.deterministic,
@@ -95,6 +99,12 @@ ODD = {
     Shape(128, 24, 300, 384): Shape(128, 24, 304, 384),
     Shape(60, 3, 23, 127): Shape(60, 4, 32, 128),
 }
+LAST = (
+    Shape(200, 16, 64, 64),
+    Shape(300, 32, 256, 256),
+    Shape(500, 32, 128, 128),
+    Shape(1000, 16, 64, 64),
+)
 
 
 def cases() -> list[Case]:
@@ -116,7 +126,11 @@ def cases() -> list[Case]:
             (Shape(50, 64, 512, 512), {"threads": 1}),
         )
     ]
-    return grid + variants
+    last = [
+        Case(cell, "training", shape, last=last)
+        for cell, shape, last in product(CELLS, LAST, (True, False))
+    ]
+    return grid + variants + last
 
 
 @dataclass
@@ -173,24 +187,30 @@ def problem(case: Case) -> Problem:
     if case.packed:
         lengths = torch.randint(1, T + 1, (B,)).sort(descending=True).values
         lengths[0] = T
+    cotangent = torch.randn(T, B, D * H)
+    if case.last:
+        cotangent[:-1] = 0
     return Problem(
         module,
         torch.randn(T, B, I),
         tuple(torch.randn(case.layers * D, B, H) for _ in range(states)),
-        torch.randn(T, B, D * H),
+        cotangent,
         lengths,
     )
 
 
 def flops(case: Case) -> float:
-    """Flops of the matrix products alone, the least that any implementation needs."""
+    """Flops of the matrix products alone, the least that any implementation needs.
+
+    With ``last``, those of the forward pass: how far back the gradient reaches is not known.
+    """
     T, B, I, H = case.shape
     D = 2 if case.bidirectional else 1
     rows = float(T * B) if not case.packed else float(problem(case).lengths.sum())  # type: ignore[union-attr]
     total = 0.0
     for layer in range(case.layers):
         forward = 2.0 * rows * GATES[case.cell] * H * ((D * H if layer else I) + H) * D
-        total += 3 * forward if case.training else forward
+        total += 3 * forward if case.training and not case.last else forward
     return total
 
 

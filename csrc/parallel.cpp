@@ -1,4 +1,4 @@
-// The barrier, the OpenMP team, and fork.
+// The barrier, the OpenMP team, its threads' handling of subnormal numbers, and fork.
 #include "parallel.h"
 
 #include <algorithm>
@@ -9,6 +9,9 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef __x86_64__
+#include <xmmintrin.h>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -44,7 +47,34 @@ bool g_forked = false;
 const int g_fork_handler = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
 #endif
 
+// The floating-point control register of this thread, and its bits that make subnormals zero.
+#if defined(__x86_64__)
+constexpr uint64_t kFlush = 0x8040;  // MXCSR: flush to zero, denormals are zero
+uint64_t control() { return _mm_getcsr(); }
+void set_control(uint64_t bits) { _mm_setcsr(static_cast<unsigned>(bits)); }
+#elif defined(__aarch64__)
+constexpr uint64_t kFlush = uint64_t{1} << 24;  // FPCR.FZ
+uint64_t control() {
+  uint64_t bits;
+  asm volatile("mrs %0, fpcr" : "=r"(bits));
+  return bits;
+}
+void set_control(uint64_t bits) { asm volatile("msr fpcr, %0" : : "r"(bits)); }
+#else
+constexpr uint64_t kFlush = 0;
+uint64_t control() { return 0; }
+void set_control(uint64_t) {}
+#endif
+
 }  // namespace
+
+SubnormalsAreZero::SubnormalsAreZero() : before_(control()) {
+  if ((before_ & kFlush) != kFlush) set_control(before_ | kFlush);
+}
+
+SubnormalsAreZero::~SubnormalsAreZero() {
+  if ((before_ & kFlush) != kFlush) set_control(before_);
+}
 
 void Barrier::wait(int team) {
   if (team == 1) return;
@@ -159,6 +189,7 @@ void parallel(int threads, Job job, void* context) {
     {
       const int thread = omp_get_thread_num(), team = omp_get_num_threads();
       if (thread && current_core() == core) leave_core(core);
+      const SubnormalsAreZero mode;
       job(context, thread, team, barrier);
       if (thread < threads) busy += nanoseconds(Clock::now() - start).count();
       if (thread == 0) working = std::min(team, threads);
@@ -175,6 +206,7 @@ void parallel(int threads, Job job, void* context) {
   }
 #endif
   (void)threads;
+  const SubnormalsAreZero mode;
   job(context, 0, 1, barrier);
 }
 

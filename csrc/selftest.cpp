@@ -2,9 +2,11 @@
 //
 // For every instruction set that the processor supports and every cell: the backward pass against
 // finite differences of the forward pass in double, the results of all instruction sets against
-// each other, and bit-equal results for any number of threads. Every buffer has exactly the size
-// that the engine expects, so that a sanitizer detects each access outside.
+// each other, and bit-equal results for any number of threads, also of gradients that end. Every
+// buffer has exactly the size that the engine expects, so that a sanitizer detects each access
+// outside.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -54,6 +56,7 @@ struct Shape {
   int64_t I, H, P;
   int D;
   bool dense, bias, state;
+  bool last = false;  // only the output of the last step of time has a gradient
 };
 
 // A layer with its own data, and the results of running it.
@@ -89,7 +92,9 @@ struct Problem {
       const int64_t size = D * B * (k ? H : P);
       if (s.state) state[k] = random_values<T>(size);
       dfinal[k] = random_values<T>(size);
+      if (s.last) dfinal[k].assign(size, T(0));
     }
+    if (s.last) std::fill_n(dout.begin(), (N - s.batch_sizes.back()) * D * P, T(0));
   }
 
   void fill(Layer<T>& a, int threads) {
@@ -239,6 +244,36 @@ void check_agreement(int index, const Shape& shape, double tolerance) {
   }
 }
 
+bool subnormals_are_kept() {
+  static volatile float tiny = 1e-39f;
+  const volatile float product = tiny * 1.0f;
+  return product != 0.0f;
+}
+
+// Inside a job subnormal numbers are zero, and afterwards each thread is as it was before.
+void check_subnormals() {
+  const auto threads_that_keep_them = [] {
+    std::atomic<int> kept{0};
+#pragma omp parallel
+    kept += subnormals_are_kept();
+    return kept.load();
+  };
+  set_threads(3);
+  const int before = threads_that_keep_them();
+  check(before == (threading() ? 3 : 1), "subnormals: the mode of all threads before a job");
+  std::atomic<int> kept{0};
+  parallel(
+      3,
+      [](void* count, int, int, Barrier&) {
+        *static_cast<std::atomic<int>*>(count) += subnormals_are_kept();
+      },
+      &kept);
+#if defined(__x86_64__) || defined(__aarch64__)
+  check(kept == 0, "subnormals: zero in the threads of a job");
+#endif
+  check(threads_that_keep_them() == before, "subnormals: the mode of all threads after a job");
+}
+
 void check_rows() {
   const auto refuses = [](int64_t N, int64_t B, std::vector<int64_t> sizes) {
     try {
@@ -316,6 +351,7 @@ void check_contention() {
 int main() {
   Scratch::poison(true);
   check_rows();
+  check_subnormals();
   check_contention();
   std::string names;
   for (const Engine* engine : engines()) {
@@ -359,6 +395,11 @@ int main() {
     check_agreement<float>(cell, {dense(31, 9), 300, 140, 140, 1, true, true, true}, 1e-4);
     // Few sequences and wide layers: the plan that splits units.
     check_agreement<float>(cell, {dense(3, 1), 8, 520, 520, 1, true, true, true}, 1e-4);
+    // Gradients that end, at another step in each sequence.
+    for (int D : {1, 2}) {
+      check_agreement<float>(cell, {dense(250, 3), 5, 17, 17, D, true, false, true, true}, 1e-4);
+    }
+    check_agreement<float>(cell, {dense(190, 1), 8, 520, 520, 1, true, false, true, true}, 1e-4);
   }
   std::printf("%d checks passed on %s, %s\n", g_checks, names.c_str(),
               threading() ? threading() : "one thread");

@@ -42,6 +42,7 @@ from torch.utils._pytree import tree_leaves
 import fastrnn
 from fastrnn.cells import CELLS
 from fastrnn.dispatch import load_backend
+from fastrnn.layer import Layer, rows_of
 
 pytestmark = pytest.mark.isa
 
@@ -447,7 +448,7 @@ def test_a_view_gives_what_its_copy_gives(mode: str, backend: str) -> None:
     assert_equal(evaluate(m, case, d, backend), expected)
 
 
-# Infinities, NaN, denormals
+# Infinities, NaN, subnormals
 
 
 def outputs(m: torch.nn.Module, x: Tensor, backend: str) -> Results:
@@ -481,13 +482,18 @@ def test_extreme_inputs(
 @fast
 @dtypes
 @modes
-def test_an_infinite_gradient(mode: str, backend: str, dtype: torch.dtype) -> None:
-    """With weights that are not negative it stays infinite, and is never multiplied by zero."""
-    case = Case(mode, hx=False, T=3, H=20)
+@pytest.mark.parametrize("where", ["input", "gradient"])
+def test_an_infinite_number(mode: str, where: str, backend: str, dtype: torch.dtype) -> None:
+    """With weights that are not negative it stays infinite, and is never multiplied by zero.
+
+    A kernel that pads a row to whole vectors would do that with its own zeros.
+    """
+    case = Case(mode, hx=False, T=5, H=20)
     d, m = data(case, dtype), ours(case, dtype)
     for p in m.parameters():
         p.data.abs_()
-    d.cotangents[0][1, 0, 0] = torch.inf
+    d.x.abs_()
+    (d.x if where == "input" else d.cotangents[0])[1, 0, 0] = torch.inf
     actual, expected = (evaluate(m, case, d, b) for b in (backend, "reference"))
     for name, e in expected.items():
         assert torch.equal(actual[name].isnan(), e.isnan()), name
@@ -604,22 +610,140 @@ def test_activations_over_the_whole_range(mode: str, backend: str, dtype: torch.
         assert close.all(), (name, x[~close])
 
 
+# More elements than torch computes in one thread.
+TINY = torch.full((100_000,), 1e-40)
+
+
 @fast
 @modes
-def test_denormals_are_not_flushed(mode: str, backend: str) -> None:
+def test_the_mode_of_subnormals_is_ours_inside_and_theirs_outside(mode: str, backend: str) -> None:
     case = Case(mode, directions=2, T=3, B=40, H=20)
-    evaluate(ours(case, F32), case, data(case, F32), backend)
-    tiny = torch.full((100_000,), 1e-40)  # enough for torch to use all its threads
-    assert (tiny * 1.0 > 0).all()
+    m, d = ours(case, F32), data(case, F32)
+    d.x[0], d.x[1] = 1e-39, 1e-20
+    assert (TINY * 1.0 > 0).all()
+    expected = evaluate(m, case, d, backend)
+    assert (TINY * 1.0 > 0).all()
+    torch.set_flush_denormal(True)
+    try:
+        assert_equal(evaluate(m, case, d, backend), expected)
+        assert TINY[:1] * 1.0 == 0  # in this thread, as it was set
+    finally:
+        torch.set_flush_denormal(False)
+    assert (TINY * 1.0 > 0).all()
 
 
 @fast
-def test_relu_of_denormals(backend: str) -> None:
+@modes
+def test_subnormal_inputs_and_states_are_zero(mode: str, backend: str) -> None:
+    case = Case(mode, T=2, B=9, I=5, H=20)
+    m, d = ours(case, F32), data(case, F32)
+    assert d.hx is not None
+    results = []
+    for value in (0.0, 1e-40):
+        d.x.fill_(value)
+        for s in d.hx:
+            s.fill_(value)
+        results.append(evaluate(m, case, d, backend))
+    assert_equal(*results)
+
+
+@fast
+def test_relu_of_subnormals(backend: str) -> None:
     m = fastrnn.RNN(1, 1, nonlinearity="relu", bias=False)
     with torch.no_grad():
         m.weight_ih_l0.fill_(1)
-    x = torch.tensor([1e-40, -1e-40, 1e-45, -0.0]).view(1, 4, 1)
-    assert torch.equal(outputs(m, x, backend)["output"], x.relu())
+    x = torch.tensor([1e-37, 1e-40, -1e-40, 1e-45, -0.0]).view(1, 5, 1)
+    expected = torch.tensor([1e-37, 0, 0, 0, 0]).view(1, 5, 1)
+    assert torch.equal(outputs(m, x, backend)["output"], expected)
+
+
+# Gradients that end
+
+
+def forgetful(case: Case, dtype: torch.dtype) -> fastrnn.RNNBase:
+    """A layer whose gradients are exactly zero a few steps before that of an output."""
+    m = ours(case, dtype)
+    cell = case.cell
+    with torch.no_grad():
+        for name, p in m.named_parameters():
+            if name.startswith("weight_hh"):
+                p.mul_({F32: 1e-12, F64: 1e-100}[dtype])
+            elif name.startswith("bias_hh") and cell.keep_gate:
+                k = cell.gates.index(cell.keep_gate)
+                p[k * case.H : (k + 1) * case.H] = -1e4
+    return m
+
+
+COTANGENTS: dict[str, tuple[bool, Callable[[Tensor], None]]] = {
+    "last": (False, lambda dy: dy[:-1].zero_()),
+    "first": (False, lambda dy: dy[1:].zero_()),
+    "first and last": (False, lambda dy: dy[1:-1].zero_()),
+    "one element of one sequence": (False, lambda dy: dy.view(-1)[: 11 * dy[0].numel()].zero_()),
+    "a step for each": (
+        False,
+        lambda dy: dy.mul_(
+            torch.arange(len(dy)).view(-1, 1, 1) == torch.arange(dy.shape[1]).view(-1, 1) * 3
+        ),
+    ),
+    "the final state": (True, lambda dy: dy.zero_()),
+    "none": (False, lambda dy: dy.zero_()),
+}
+"""Whether the final states have a gradient, and what is done to that of the output."""
+
+
+@fast
+@dtypes
+@pytest.mark.parametrize("which", COTANGENTS)
+@pytest.mark.parametrize(
+    "mode,directions,layout,projected",
+    [
+        *((mode, 1, "dense", False) for mode in CELLS),
+        *((mode, 2, "packed", False) for mode in CELLS),
+        ("LSTM", 2, "unsorted", True),
+    ],
+)
+def test_gradients_that_end(
+    mode: str,
+    directions: int,
+    layout: str,
+    projected: bool,
+    which: str,
+    backend: str,
+    dtype: torch.dtype,
+) -> None:
+    case = Case(
+        mode, directions=directions, layout=layout, projected=projected, T=20, B=5, I=6, H=20
+    )
+    m, d = forgetful(case, dtype), data(case, dtype)
+    final, change = COTANGENTS[which]
+    change(d.cotangents[0])
+    for dfinal in d.cotangents[1:]:
+        dfinal.mul_(final)
+    expected = evaluate(copy.deepcopy(m).double(), case, d.to(F64), "reference")
+    assert_near(evaluate(m, case, d, backend), expected, dtype)
+
+
+@fast
+@modes
+@pytest.mark.parametrize("directions", [1, 2])
+def test_steps_without_a_gradient_are_not_run(mode: str, directions: int, backend: str) -> None:
+    """Their saved activations are not read."""
+    case = Case(mode, directions=directions, T=30, B=3, I=4, H=20)
+    m, d = forgetful(case, F32), data(case, F32)
+    run: Any = load_backend(backend)
+    layer = Layer(case.cell, rows_of(d.x), m._weights()[0], d.hx)
+    with torch.no_grad():
+        out, _, saved = run.forward(layer, d.x, save=True)
+        saved[0, : 15 * case.B], saved[1:, 15 * case.B :] = math.nan, math.nan
+        dfinal = d.cotangents[1:]
+        gradients = run.backward(
+            layer, d.x, out, saved, None, dfinal, (True,) * (1 + 5 * directions + len(dfinal))
+        )
+    for g in gradients:
+        assert g is None or not g.isnan().any()
+    dx = gradients[0]
+    assert (dx[-1] != 0).any()
+    assert (dx[:10] == 0).all() if directions == 1 else (dx[14:16] == 0).all()
 
 
 def leaves_of(result: Any) -> list[Tensor]:

@@ -136,7 +136,10 @@ def _team(count: int) -> ThreadPoolExecutor:
     Raises:
         RuntimeError: they cannot be started.
     """
-    team, started = ThreadPoolExecutor(count, "fastrnn-numba"), Barrier(count)
+    team, started = (
+        ThreadPoolExecutor(count, "fastrnn-numba", torch.set_flush_denormal, (True,)),
+        Barrier(count),
+    )
     try:
         waiting = [team.submit(started.wait) for _ in range(count)]
     except RuntimeError:
@@ -299,7 +302,7 @@ def backward(
     saved: Tensor,
     dout: Tensor | None,
     dfinal: Sequence[Tensor | None],
-) -> tuple[Tensor, State, Tensor | None]:
+) -> tuple[Tensor, State, Tensor | None, list[slice]]:
     """The recurrence backward: the fields of ``backends.products.Recurrence``."""
     sizes = padded_sizes(layer)
     T, N, B, H_pad, P_pad, D, H, P = sizes
@@ -323,7 +326,14 @@ def backward(
         columns = _columns(w_hh[0])
     zeros = x.new_zeros(max(columns, columns_hr))
     dgh, dh_product = x.new_empty(D, B, G * H_pad), x.new_empty(D, B, columns)
-    buffers = {"dgh": dgh, "dh_product": dh_product, "scratch": x.new_empty(D, B, columns_hr)}
+    # Of each share of the sequences, at its first: see the kernel. T and -1 are unknown.
+    ending = torch.tensor([T, -1], device="cpu").repeat(D, B, 1)
+    buffers = {
+        "dgh": dgh,
+        "dh_product": dh_product,
+        "scratch": x.new_empty(D, B, columns_hr),
+        "ending": ending,
+    }
     _, step = _cells(cell.mode, x.dtype)
     _, kernel = _kernels(x.dtype)
     common = _common(layer, sizes)
@@ -360,9 +370,14 @@ def backward(
         calls = [_share(a, buffers, d, 0, B) for d, a in enumerate(arguments)]
         for k in range(T + 1):
             for d, (call, w) in enumerate(zip(calls, w_hh, strict=True)):
+                if ending[d, 0, 0] < T:
+                    continue
                 if k > 0:
                     n = counts[k - 1 if d else T - k]
                     torch.mm(dgh[d, :n], w, out=dh_product[d, :n])
                 kernel(*_over_steps(call, k, k + 1))
     dstate = own_states(layer, dh, ds, sizes, x.dtype)
-    return dpre[..., :H], dstate, None if dh_all is None else dh_all[..., :P]
+    live = []
+    for d, first in enumerate(ending[:, :, 0].amin(1).tolist() if B else [T] * D):
+        live.append(slice(0, sum(counts[: T - first])) if d else slice(sum(counts[:first]), N))
+    return dpre[..., :H], dstate, None if dh_all is None else dh_all[..., :P], live

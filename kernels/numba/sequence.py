@@ -32,25 +32,36 @@ __all__ = ["BackwardArguments", "ForwardArguments", "compiled"]
 
 tile1, tile2, tile4, tile8 = (TILES[rows] for rows in (1, 2, 4, 8))
 
+DEPTH = 256
+"""Terms of a sum that are added in one chain. A longer one would round more."""
+
 
 @njit
 def product(a, stride, rows, w, K, columns, init, out):
     """``out [rows, columns] = init [columns] + a [rows, K] W``, W in panels ``[*, K, width]``."""
-    for c in range(0, columns, PANEL * lanes(w)):
-        panel = at(w, c * K)
-        begin = at(init, c)
-        r = 0
-        while ROWS == 8 and r + 8 <= rows:
-            tile8(panel, K, at(a, r * stride), stride, at(out, r * columns + c), columns, begin)
-            r += 8
-        while r + 4 <= rows:
-            tile4(panel, K, at(a, r * stride), stride, at(out, r * columns + c), columns, begin)
-            r += 4
-        if r + 2 <= rows:
-            tile2(panel, K, at(a, r * stride), stride, at(out, r * columns + c), columns, begin)
-            r += 2
-        if r < rows:
-            tile1(panel, K, at(a, r * stride), stride, at(out, r * columns + c), columns, begin)
+    width = PANEL * lanes(w)
+    for c in range(0, columns, width):
+        begin, begin_stride = at(init, c), 0
+        for k in range(0, K, DEPTH):
+            panel = at(w, c * K + k * width)
+            depth = min(DEPTH, K - k)
+            r = 0
+            while r < rows:
+                x, y = at(a, r * stride + k), at(out, r * columns + c)
+                first = at(begin, r * begin_stride)
+                if ROWS == 8 and r + 8 <= rows:
+                    tile8(panel, depth, x, stride, y, columns, first, begin_stride)
+                    r += 8
+                elif r + 4 <= rows:
+                    tile4(panel, depth, x, stride, y, columns, first, begin_stride)
+                    r += 4
+                elif r + 2 <= rows:
+                    tile2(panel, depth, x, stride, y, columns, first, begin_stride)
+                    r += 2
+                else:
+                    tile1(panel, depth, x, stride, y, columns, first, begin_stride)
+                    r += 1
+            begin, begin_stride = at(out, c), columns
 
 
 @njit
@@ -78,6 +89,37 @@ def rows_of(offsets, packed, step, reverse, T, B, begin, end):
     if not packed:
         return t * B + begin, end - begin
     return offsets[t] + begin, min(offsets[t + 1] - offsets[t], end) - begin
+
+
+@njit
+def any_of(row, count):
+    for j in range(count):  # noqa: SIM110  (Numba does not compile a generator)
+        if row[j] != 0.0:
+            return True
+    return False
+
+
+@njit
+def any_state(dh, P_pad, ds, H_pad, states, plane_stride, begin, end):
+    """Whether sequences ``begin`` to ``end`` have a gradient of a state that is not zero."""
+    for r in range(begin, end):
+        if any_of(at(dh, r * P_pad), P_pad):
+            return True
+        for k in range(states - 1):
+            if any_of(at(ds, k * plane_stride + r * H_pad), H_pad):
+                return True
+    return False
+
+
+@njit
+def first_output(dout, D, P_pad, offsets, packed, reverse, T, B, begin, end):
+    """The first step whose output has a gradient that is not zero; T if none has."""
+    for step in range(T):
+        first, rows = rows_of(offsets, packed, step, reverse, T, B, begin, end)
+        for row in range(first, first + rows):
+            if any_of(at(dout, row * D * P_pad), P_pad):
+                return step
+    return T
 
 
 # Compiled kernels are called by position. These tuples define the order: callers fill them by
@@ -163,6 +205,7 @@ class BackwardArguments(NamedTuple):
     dgh: int = 0  # [rows, G * H_pad] the gradient of W_hh h
     dh_product: int = 0  # [rows, columns] W_hh^T dgh of the step after
     scratch: int = 0  # [rows, columns_hr]
+    ending: int = 0  # [2] int64, output: the first steps with a gradient of any state, of out
     begin: int = 0  # the first sequence
     end: int = 0
     first_turn: int = 0  # counted from the last step
@@ -226,9 +269,13 @@ def forward(
 def backward(
     cell, zero, saved, out, dout, h0, w_hh, w_hr, zeros, offsets, dh, ds, dpre, dh_all, T, B,
     H_pad, P_pad, D, H, P, G, summed, states, num_saved, columns, columns_hr, reverse, packed,
-    has_dout, multiply, dgh, dh_product, scratch, begin, end, first_turn, end_turn,
+    has_dout, multiply, dgh, dh_product, scratch, ending, begin, end, first_turn, end_turn,
 ):  # fmt: skip
-    """Turns ``first_turn`` to ``end_turn`` of sequences ``begin`` to ``end``."""
+    """Turns ``first_turn`` to ``end_turn`` of sequences ``begin`` to ``end``.
+
+    Once the gradients of all states are zero and no output before has one, those of all steps
+    before are zero: ``dpre`` and ``dh_all`` are cleared and ``ending`` is set.
+    """
     saved = pointer(saved, zero)
     out = pointer(out, zero)
     dout = pointer(dout, zero)
@@ -244,6 +291,7 @@ def backward(
     dgh = pointer(dgh, zero)
     dh_product = pointer(dh_product, zero)
     dh_cell = pointer(scratch, zero)
+    ending = pointer(ending, types.intp(0))
     plane_stride = D * B * H_pad
     num_preacts = 2 * G - summed
     num_values = num_saved - (states - 1) - (columns_hr > 0)
@@ -260,7 +308,28 @@ def backward(
                 else:
                     add(dh_r, at(dh_product, r * columns), P_pad)
         if step < 0:
+            put(ending, 0, 0)
             break
+        first_dout = ending[1]
+        if first_dout != 0 and not any_state(
+            dh, P_pad, ds, H_pad, states, plane_stride, begin, end
+        ):
+            if first_dout < 0:
+                first_dout = T
+                if has_dout:
+                    first_dout = first_output(
+                        dout, D, P_pad, offsets, packed, reverse, T, B, begin, end
+                    )
+                put(ending, 1, first_dout)
+            if step < first_dout:
+                put(ending, 0, step + 1)
+                for k in range(step + 1):
+                    first, rows = rows_of(offsets, packed, k, reverse, T, B, begin, end)
+                    end_row = first + max(rows, 0)
+                    clear(dpre, first * num_preacts * H_pad, end_row * num_preacts * H_pad)
+                    if columns_hr:
+                        clear(dh_all, first * P_pad, end_row * P_pad)
+                break
         first, rows = rows_of(offsets, packed, step, reverse, T, B, begin, end)
         # The step before, in this direction's order.
         before, rows_before = 0, 0

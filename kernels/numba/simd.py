@@ -370,7 +370,7 @@ def sigmoid(x):
 
 
 def _tile(R: int) -> Any:
-    """``out[r] = init + a[r] W`` for R rows and a panel ``W [K, PANEL vectors]``.
+    """``out[r] = init[r] + a[r] W`` for R rows and a panel ``W [K, PANEL vectors]``.
 
     K is a positive multiple of 4. With few rows, several partial sums over K are computed side by
     side, since the multipliers would have to wait for a single sum.
@@ -379,12 +379,12 @@ def _tile(R: int) -> Any:
     integer, vectors = ir.IntType(64), range(PANEL)
 
     @intrinsic
-    def tile(typingctx, w, K, a, stride, out, out_stride, init):
+    def tile(typingctx, w, K, a, stride, out, out_stride, init, init_stride):
         kind = Vector(w.dtype)
         size = kind.element.bitwidth // 8
 
         def codegen(context, builder, sig, args):
-            w, K, a, stride, out, out_stride, init = args
+            w, K, a, stride, out, out_stride, init, init_stride = args
 
             def number(n: int) -> ir.Constant:
                 return ir.Constant(integer, n)
@@ -397,7 +397,6 @@ def _tile(R: int) -> Any:
                 return builder.load(vector(*index), align=size)
 
             starts = [builder.gep(a, [builder.mul(stride, number(r))]) for r in range(R)]
-            first = [read(init, number(0), v) for v in vectors]
             zero = ir.Constant(kind.ir, [0.0] * kind.lanes)
             before, body = builder.block, builder.append_basic_block("tile")
             builder.branch(body)
@@ -424,7 +423,7 @@ def _tile(R: int) -> Any:
             k.add_incoming(number(0), before)
             k.add_incoming(k_after, body)
             for (s, r, v), total in sums.items():
-                total.add_incoming(zero if s else first[v], before)
+                total.add_incoming(zero, before)
                 total.add_incoming(after[s, r, v], body)
             end = builder.append_basic_block("tile.end")
             builder.cbranch(builder.icmp_signed("<", k_after, K), body, end)
@@ -432,16 +431,17 @@ def _tile(R: int) -> Any:
             builder.position_at_end(end)
             for r in range(R):
                 row = builder.mul(out_stride, number(r))
+                init_row = builder.mul(init_stride, number(r))
                 for v in vectors:
-                    total = after[0, r, v]
-                    for s in range(1, split):
+                    total = read(init, init_row, v)
+                    for s in range(split):
                         total = builder.fadd(total, after[s, r, v])
                     builder.store(total, vector(out, row, v), align=size)
             return context.get_dummy_value()
 
         base = types.CPointer(w.dtype)
         i = types.intp
-        return types.void(base, i, base, i, base, i, base), codegen
+        return types.void(base, i, base, i, base, i, base, i), codegen
 
     return tile
 

@@ -6,7 +6,8 @@ Compiled kernels are cached in files, so that a second process starts without co
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Literal
@@ -51,6 +52,9 @@ MAX_UNITS, MAX_HIDDEN = 512, 32
 
 Source: docs/performance.md.
 """
+
+WORTH_A_TEAM = 1 << 20
+"""Floating-point operations of a product below which torch's library runs it in one thread."""
 
 
 def missing() -> str | None:
@@ -98,13 +102,19 @@ def describe() -> str:
     return f"fused Numba, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _launch() -> ModuleType:
-    """kernels/numba/launch.py, with no more threads than torch has in this process."""
+@contextmanager
+def _launcher(layer: Layer, x: Tensor) -> Iterator[ModuleType]:
+    """kernels/numba/launch.py, with no more threads than torch has in this process.
+
+    Inside the block, torch's products make subnormal numbers zero too.
+    """
     from fastrnn.kernels.numba import launch
+    from fastrnn.kernels.numba.subnormals import subnormals_are_zero
 
     one_thread_in_a_child()
-    module: ModuleType = launch
-    return module
+    flops = 2 * x.numel() * layer.D * layer.G * layer.H
+    with subnormals_are_zero(team=flops > WORTH_A_TEAM):
+        yield launch
 
 
 @cache
@@ -125,7 +135,8 @@ def saved_spec(layer: Layer, dtype: torch.dtype) -> tuple[tuple[int, ...], torch
 def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor | None]:
     if x.dtype in HALF_DTYPES:
         return forward_in_float32(forward, layer, x, save)
-    result: tuple[Tensor, State, Tensor | None] = _launch().forward(layer, x, save)
+    with _launcher(layer, x) as launch:
+        result: tuple[Tensor, State, Tensor | None] = launch.forward(layer, x, save)
     return result
 
 
@@ -142,5 +153,6 @@ def backward(
     if x.dtype in HALF_DTYPES:
         return backward_in_float32(backward, layer, x, out, saved, dout, dfinal, needed)
     check_saved(layer, x, out, saved, saved_spec(layer, x.dtype)[0])
-    recurrence = Recurrence(*_launch().backward(layer, x, out, saved, dout, dfinal))
-    return gradients(layer, x, out, saved[..., : layer.H], needed, recurrence)
+    with _launcher(layer, x) as launch:
+        recurrence = Recurrence(*launch.backward(layer, x, out, saved, dout, dfinal))
+        return gradients(layer, x, out, saved[..., : layer.H], needed, recurrence)

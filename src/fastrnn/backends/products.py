@@ -15,6 +15,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastrnn.backends import Gradients
 from fastrnn.cells import State
@@ -102,11 +103,13 @@ class Recurrence(NamedTuple):
         dpre: gradient of the pre-activations, ``[D, N, num_preacts, H]``.
         dstate: gradient of the initial state, shaped like it.
         dh: the whole gradient of the projected h, ``[D, N, P]``; None without projection.
+        live: the rows of each direction outside which ``dpre`` and ``dh`` are zero; None for all.
     """
 
     dpre: Tensor
     dstate: State
     dh: Tensor | None
+    live: Sequence[slice] | None = None
 
 
 def check_saved(
@@ -169,7 +172,7 @@ def gradients(
     recurrence: Recurrence,
 ) -> Gradients:
     """The result of a backend's ``backward``; arguments as there."""
-    dpre, dstate, dh = recurrence
+    dpre, dstate, dh, live = recurrence
     D, N = dpre.shape[:2]
     G, summed, P = layer.G, layer.cell.summed, layer.P
     h = out.view(N, D, P)
@@ -178,12 +181,15 @@ def gradients(
     results: list[Tensor | None] = []
     for d, w in enumerate(layer.weights):
         need = dict(zip(w._fields, flags[d * len(w) : (d + 1) * len(w)], strict=True))
-        dgx = dpre[d, :, :G].flatten(1)
+        rows = slice(0, N) if live is None else live[d]
+        dgx = dpre[d, rows, :G].flatten(1)
         dgh = dgx
         if summed < G:
-            dgh = torch.cat([dpre[d, :, :summed], dpre[d, :, G:]], 1).flatten(1)
+            dgh = torch.cat([dpre[d, rows, :summed], dpre[d, rows, G:]], 1).flatten(1)
         if needed_x:
             part = dgx @ w.ih
+            if len(part) < N:
+                part = pad(part, (0, 0, rows.start, N - rows.stop))
             dx = part if dx is None else dx + part
         dw_hh = db_hh = dw_hr = None
         if need["hh"]:
@@ -191,13 +197,13 @@ def gradients(
                 h0 = h.new_zeros(layer.rows.B, P)
             else:
                 h0 = layer.state[0].view(D, layer.rows.B, P)[d]
-            dw_hh = _sum_over_rows(dgh, layer.rows.previous(h[:, d], h0, reverse=d == 1))
+            dw_hh = _sum_over_rows(dgh, layer.rows.previous(h[:, d], h0, reverse=d == 1)[rows])
         db_ih = dgx.sum(0) if need["bias_ih"] else None
         if need["bias_hh"]:
             db_hh = dgh.sum(0) if dgh is not dgx or db_ih is None else db_ih.clone()
         if need["hr"] and dh is not None:
-            dw_hr = _sum_over_rows(dh[d], saved[d, :, -1])
-        dw_ih = _sum_over_rows(dgx, x.flatten(0, -2)) if need["ih"] else None
+            dw_hr = _sum_over_rows(dh[d, rows], saved[d, rows, -1])
+        dw_ih = _sum_over_rows(dgx, x.flatten(0, -2)[rows]) if need["ih"] else None
         results += [dw_ih, dw_hh, db_ih, db_hh, dw_hr]
     if layer.state is not None:
         results += [

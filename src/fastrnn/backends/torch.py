@@ -68,7 +68,7 @@ def run_stack(
 ) -> tuple[Tensor, State]:
     one_thread_in_a_child()
     first = layers[0]
-    flat = [w for layer in layers for w in layer.tensors() if w is not None]
+    flat = [t for layer in layers for w in layer.weights for t in w if t is not None]
     if hx is None:
         leading = (len(layers) * first.D, first.rows.B)
         hx = first.cell.zero_state(x, leading, first.H, first.P)
