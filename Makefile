@@ -20,7 +20,7 @@ junctions := build/usr/lib/R/site-library/mlbench/data/DNA.rda
 selftest := build/selftest-$(notdir $(lastword $(CXX)))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo gallery junctions test coverage mutants heavy test-isa test-numba test-gpu aot bench readme bench-loaded bench-compare lint sanitize fuzz soak \
+.PHONY: help demo gallery junctions test coverage mutants heavy test-isa test-numba test-gpu aot bench readme bench-loaded bench-compare scaling lint sanitize fuzz soak \
 	wheel matrix aarch64 clean
 
 help: ## list the targets
@@ -101,11 +101,14 @@ bench-loaded: $(VENV)/.bench ## measure against torch.nn on busy cores and on on
 bench-compare: $(VENV)/.bench ## compare this tree with another commit: BASE=rev
 	$(bin)/python bench/compare.py $(BASE)
 
+scaling: build/scaling-engine $(VENV)/.bench ## predict the speed of 1 to 64 threads, and measure it on the cores that there are
+	$(bin)/python bench/scaling.py $<
+
 lint: $(VENV)/.dev ## check style and types
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
-	$(bin)/clang-format --dry-run --Werror $(csrc) bench/probe.cpp
+	$(bin)/clang-format --dry-run --Werror $(csrc) $(wildcard bench/*.cpp)
 
 sanitize: $(selftest) $(selftest)-openmp build/selftest-threads fuzz ## run the C++ self-test under the address, undefined-behaviour and thread sanitizers
 	$(selftest)
@@ -199,6 +202,12 @@ $(VENV)/.demo $(VENV)/.examples $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: pyproje
 build/probe: bench/probe.cpp
 	@mkdir -p build
 	$(CXX) -O2 -std=c++17 -Wno-psabi -pthread $< -o $@
+
+# The flags of setup.py. parallel.cpp is replaced.
+build/scaling-engine: bench/scaling.cpp $(filter-out csrc/bindings.cpp csrc/parallel.cpp csrc/selftest.cpp, $(csrc))
+	@mkdir -p build
+	$(CXX) -O3 -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=fast -falign-loops=64 -Icsrc \
+		$(filter %.cpp, $^) -o $@
 
 sanitizers := -fsanitize=address,undefined -fno-sanitize-recover=all
 build/sanitized: setup.py $(filter-out csrc/selftest.cpp, $(csrc)) \

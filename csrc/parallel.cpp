@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -76,11 +77,25 @@ SubnormalsAreZero::~SubnormalsAreZero() {
   if ((before_ & kFlush) != kFlush) set_control(before_);
 }
 
-void Barrier::wait(int team) {
-  if (team == 1) return;
+// Whether this thread is the last of `count`; the counter then begins again.
+bool Barrier::Counter::last(int count) {
+  if (arrived.fetch_add(1, std::memory_order_acq_rel) < count - 1) return false;
+  arrived.store(0, std::memory_order_relaxed);
+  return true;
+}
+
+void Barrier::wait(int thread, int count) {
+  if (count == 1) return;
   const int phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == team - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
+  bool last;
+  if (count <= kFewThreads) {
+    last = root_.last(count);
+  } else {
+    const int size = std::max(4, (count + kBranches - 1) / kBranches), branch = thread / size;
+    last = branches_[branch].last(std::min(size, count - branch * size)) &&
+           root_.last((count + size - 1) / size);
+  }
+  if (last) {
     phase_.store(phase + 1, std::memory_order_release);
     return;
   }
@@ -122,20 +137,20 @@ double barrier_seconds(int threads) {
     bool stop = false;
   } measurement;
   parallel(
-      threads,
-      [](void* context, int thread, int team, Barrier& barrier) {
+      threads, 0,
+      [](void* context, int thread, int team, Barrier* barrier) {
         Measurement& shared = *static_cast<Measurement*>(context);
-        barrier.wait(team);
+        barrier->wait(thread, team);
         for (int trial = 0; trial < 12 && !shared.stop; ++trial) {
           const auto start = Clock::now();
-          barrier.wait(team);
-          barrier.wait(team);
+          barrier->wait(thread, team);
+          barrier->wait(thread, team);
           const std::chrono::duration<double> took = Clock::now() - start;
           if (thread == 0) {
             shared.best = std::min(shared.best, took.count() / 2);
             shared.stop = took > kLongWait;  // busy cores: a scheduler's slice for every wait
           }
-          barrier.wait(team);
+          barrier->wait(thread, team);
         }
       },
       &measurement);
@@ -177,10 +192,12 @@ void leave_core(int core) {
 }  // namespace
 #endif
 
-void parallel(int threads, Job job, void* context) {
-  Barrier barrier;
+void parallel(int threads, int groups, Job job, void* context) {
 #ifdef _OPENMP
   if (threads > 1) {
+    Barrier few[3];
+    std::vector<Barrier> many(groups < 3 ? 0 : 1 + groups);
+    Barrier* const barriers = groups < 3 ? few : many.data();
     std::atomic<int64_t> busy{0};  // total over the threads that have work, from start to their end
     int working = 1;
     const int core = current_core();
@@ -190,7 +207,7 @@ void parallel(int threads, Job job, void* context) {
       const int thread = omp_get_thread_num(), team = omp_get_num_threads();
       if (thread && current_core() == core) leave_core(core);
       const SubnormalsAreZero mode;
-      job(context, thread, team, barrier);
+      job(context, thread, team, barriers);
       if (thread < threads) busy += nanoseconds(Clock::now() - start).count();
       if (thread == 0) working = std::min(team, threads);
     }
@@ -200,14 +217,17 @@ void parallel(int threads, Job job, void* context) {
     const nanoseconds took = end - start;
     nanoseconds lost = (working * took - nanoseconds(busy)) / (working - 1);
     if (lost < kLongWait) lost = nanoseconds::zero();
-    lost += barrier.lost() / (working - 1);
+    nanoseconds waited{};
+    for (int k = 0; k <= groups; ++k) waited += barriers[k].lost();
+    lost += waited / (working - 1);
     update_contention(working, took, std::min(lost, took));
     return;
   }
 #endif
-  (void)threads;
+  (void)threads, (void)groups;
   const SubnormalsAreZero mode;
-  job(context, 0, 1, barrier);
+  Barrier barrier;  // of one thread: it waits for no one
+  job(context, 0, 1, &barrier);
 }
 
 bool in_forked_child() { return g_forked; }

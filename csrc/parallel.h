@@ -12,17 +12,27 @@
 namespace fastrnn {
 
 // Spins for a bounded time and then gives its core away, because a thread that was descheduled
-// may not run for milliseconds.
+// may not run for milliseconds. In a large team the threads of a branch meet first, and the last of
+// them goes on, since a counter is passed from core to core.
 class Barrier {
  public:
-  void wait(int team);
+  // Waits until `count` threads have arrived, with the indices 0 to count - 1.
+  void wait(int thread, int count);
   // The total over all threads of waits so long that only a scheduler explains them.
   std::chrono::nanoseconds lost() const { return std::chrono::nanoseconds(lost_.load()); }
 
  private:
+  static constexpr int kBranches = 16, kFewThreads = 8;
+
+  struct alignas(128) Counter {
+    std::atomic<int> arrived{0};
+
+    bool last(int count);
+  };
+
   void wait_long(int phase);
 
-  alignas(128) std::atomic<int> arrived_{0};
+  Counter root_, branches_[kBranches];
   alignas(128) std::atomic<int> phase_{0};
   std::atomic<int64_t> lost_{0};
 };
@@ -40,12 +50,13 @@ class SubnormalsAreZero {
   const uint64_t before_;  // the control register
 };
 
-// Calls job(context, thread, team, barrier) on `threads` threads of the OpenMP pool, in which
+// Calls job(context, thread, team, barriers) on `threads` threads of the OpenMP pool, in which
 // subnormal numbers are zero meanwhile. The team may be smaller, or larger, with no work for the
-// threads beyond: a job must be right for any team size, and must not throw. Updates the contention
+// threads beyond: a job must be right for any team size, and must not throw. The first barrier is
+// for the team, and one more for each of `groups` groups of threads. Updates the contention
 // budget, on which threads_for and Plan depend.
-using Job = void (*)(void* context, int thread, int team, Barrier& barrier);
-void parallel(int threads, Job job, void* context);
+using Job = void (*)(void* context, int thread, int team, Barrier* barriers);
+void parallel(int threads, int groups, Job job, void* context);
 
 // The memory of each thread of a job.
 struct ThreadMemory {
@@ -55,10 +66,11 @@ struct ThreadMemory {
   BumpAllocator of(int thread) const { return BumpAllocator(base + bytes * thread); }
 };
 
-// Runs job.thread(thread, team, barrier) on such a team. job.layout_shared lays out the memory that
-// all threads use, and job.layout_local that of one thread, which is then job.memory.of(thread).
+// Runs job.thread(thread, team, barriers) on such a team. job.layout_shared lays out the memory
+// that all threads use, and job.layout_local that of one thread, which is then
+// job.memory.of(thread).
 template <class J>
-void run_job(J& job, int threads) {
+void run_job(J& job, int threads, int groups = 0) {
   constexpr size_t page = 4096;
   BumpAllocator shared, local;
   job.layout_shared(shared);
@@ -71,14 +83,14 @@ void run_job(J& job, int threads) {
   job.layout_shared(placed);
   job.memory.base = static_cast<char*>(scratch.data()) + start;
   parallel(
-      threads,
-      [](void* context, int thread, int team, Barrier& barrier) {
-        static_cast<J*>(context)->thread(thread, team, barrier);
+      threads, groups,
+      [](void* context, int thread, int team, Barrier* barriers) {
+        static_cast<J*>(context)->thread(thread, team, barriers);
       },
       &job);
 }
 
-// The seconds of a barrier where the cores are near each other.
+// The seconds of a barrier of two threads where the cores are near each other.
 constexpr double kBarrierSeconds = 5e-8;
 
 // The seconds of a barrier now. A host may move its guests' cores away from each other, and a cache

@@ -206,8 +206,10 @@ void check_gradients(const Engine& engine, int index, const Shape& shape, bool d
   }
 }
 
+// deterministic: threads share units wherever the sizes suggest it, whatever the cores' load.
 template <class T>
-void check_agreement(int index, const Shape& shape, double tolerance) {
+void check_agreement(int index, const Shape& shape, double tolerance,
+                     const std::vector<int>& teams = {1, 2, 3}, bool deterministic = false) {
   const Engine& base = *engines().back();
   const auto seed = g_random;
   Problem<T> expected(base.cell[index], shape);
@@ -217,9 +219,10 @@ void check_agreement(int index, const Shape& shape, double tolerance) {
     if (!engine->runs_here()) continue;
     const std::string name = name_of(*engine, base.cell[index], shape);
     std::unique_ptr<Problem<T>> one;
-    for (int threads : {1, 2, 3}) {
+    for (int threads : teams) {
       g_random = seed;
       auto p = std::make_unique<Problem<T>>(engine->cell[index], shape);
+      p->deterministic = deterministic;
       set_threads(threads);
       p->forward(*engine, index, threads, true);
       p->backward(*engine, index, threads);
@@ -263,8 +266,8 @@ void check_subnormals() {
   check(before == (threading() ? 3 : 1), "subnormals: the mode of all threads before a job");
   std::atomic<int> kept{0};
   parallel(
-      3,
-      [](void* count, int, int, Barrier&) {
+      3, 0,
+      [](void* count, int, int, Barrier*) {
         *static_cast<std::atomic<int>*>(count) += subnormals_are_kept();
       },
       &kept);
@@ -295,28 +298,30 @@ void check_rows() {
 
 std::vector<int64_t> dense(int64_t T, int64_t B) { return std::vector<int64_t>(T, B); }
 
-// Every sequence of every direction belongs to one thread, once, and no thread has many more rows
-// than its share.
-void check_plan(const std::vector<int64_t>& sizes, int D, int threads) {
+// Every sequence of every direction belongs to one group of threads, once, and no group has many
+// more rows than its share.
+void check_plan(const std::vector<int64_t>& sizes, int D, int threads, int64_t panels) {
   int64_t N = 0;
   for (int64_t n : sizes) N += n;
   const Rows rows(N, sizes.front(), sizes.data(), static_cast<int64_t>(sizes.size()));
-  const Plan plan(rows, D, threads, false, true, 1e9, 0);
+  const Plan plan(rows, D, threads, true, {1e9, 0, 0, 1e11, panels, panels > 1});
+  check(plan.groups() * plan.sharing == plan.threads && plan.threads <= threads,
+        "a plan of " + std::to_string(plan.threads) + " threads for " + std::to_string(threads));
   std::vector<int> visits(D * rows.B, 0);
-  std::vector<int64_t> load(plan.threads, 0);
+  std::vector<int64_t> load(plan.groups(), 0);
   for (const Task& task : plan.tasks) {
     for (int64_t r = task.row0; r < task.row1; ++r) {
       ++visits[task.direction * rows.B + r];
-      load[task.thread] += rows.length(r);
+      load[task.group] += rows.length(r);
     }
   }
   for (int count : visits) {
     check(count == 1, "a sequence belongs to " + std::to_string(count) + " tasks");
   }
-  const int64_t share = N * D / plan.threads;
+  const int64_t share = N * D / plan.groups();
   for (int64_t rows_of : load) {
     check(std::abs(rows_of - share) <= rows.T,
-          std::to_string(rows_of) + " rows for a thread whose share is " + std::to_string(share));
+          std::to_string(rows_of) + " rows for a group whose share is " + std::to_string(share));
   }
 }
 
@@ -333,8 +338,8 @@ void check_contention() {
   check(shared(kShort, false), "contention: short work, at first");
   for (int k = 0; k < 9; ++k) {
     parallel(
-        2,
-        [](void*, int thread, int, Barrier&) {
+        2, 0,
+        [](void*, int thread, int, Barrier*) {
           if (thread) std::this_thread::sleep_for(milliseconds(5));
         },
         nullptr);
@@ -369,10 +374,12 @@ int main() {
       }
     }
   }
-  for (int threads = 1; threads <= 9; ++threads) {
+  for (int threads : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 64}) {
     for (int D : {1, 2}) {
-      check_plan(dense(10, 13), D, threads);
-      check_plan({9, 9, 8, 5, 5, 5, 2, 1, 1}, D, threads);
+      for (int64_t panels : {1, 3, 16}) {
+        check_plan(dense(10, 13), D, threads, panels);
+        check_plan({9, 9, 8, 5, 5, 5, 2, 1, 1}, D, threads, panels);
+      }
     }
   }
   for (int cell = 0; cell < engines().back()->cells; ++cell) {
@@ -399,7 +406,16 @@ int main() {
     for (int D : {1, 2}) {
       check_agreement<float>(cell, {dense(250, 3), 5, 17, 17, D, true, false, true, true}, 1e-4);
     }
-    check_agreement<float>(cell, {dense(190, 1), 8, 520, 520, 1, true, false, true, true}, 1e-4);
+    check_agreement<float>(cell, {dense(190, 1), 8, 264, 264, 1, true, false, true, true}, 1e-4,
+                           {1, 2, 3}, true);
+    // Many more threads than cores: groups of several threads, and branches of the barrier.
+    if (threading()) {
+      const std::vector<int> teams = {1, 3, 7, 16, 64};
+      check_agreement<float>(cell, {dense(3, 4), 8, 520, 520, 2, true, true, true}, 1e-4, teams,
+                             true);
+      check_agreement<float>(cell, {{5, 5, 4, 1}, 90, 300, 300, 1, false, true, true}, 1e-4, teams,
+                             true);
+    }
   }
   std::printf("%d checks passed on %s, %s\n", g_checks, names.c_str(),
               threading() ? threading() : "one thread");

@@ -327,7 +327,7 @@ def backward(
     zeros = x.new_zeros(max(columns, columns_hr))
     dgh, dh_product = x.new_empty(D, B, G * H_pad), x.new_empty(D, B, columns)
     # Of each share of the sequences, at its first: see the kernel. T and -1 are unknown.
-    ending = torch.tensor([T, -1], device="cpu").repeat(D, B, 1)
+    ending = torch.tensor([T, -1], device="cpu").repeat(D, max(B, 1), 1)
     buffers = {
         "dgh": dgh,
         "dh_product": dh_product,
@@ -378,6 +378,6 @@ def backward(
                 kernel(*_over_steps(call, k, k + 1))
     dstate = own_states(layer, dh, ds, sizes, x.dtype)
     live = []
-    for d, first in enumerate(ending[:, :, 0].amin(1).tolist() if B else [T] * D):
+    for d, first in enumerate(ending[:, :, 0].amin(1).tolist()):
         live.append(slice(0, sum(counts[: T - first])) if d else slice(sum(counts[:first]), N))
     return dpre[..., :H], dstate, None if dh_all is None else dh_all[..., :P], live
