@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,34 @@ MUTANTS = (
         CPP,
     ),
     Mutant(
+        "the recurrence ends although an earlier output has a gradient",
+        "csrc/backward.inc",
+        "return step < first_dout;",
+        "return true;",
+        CPP + " -k gradients_that_end",
+    ),
+    Mutant(
+        "a sequence that ends earlier than others leaves its rows as they were",
+        "csrc/backward.inc",
+        "if (p0 < p1) clear_to(first_step(task.direction), task);",
+        "",
+        CPP + " -k gradients_that_end",
+    ),
+    Mutant(
+        "dx is not cleared before the step where the gradient ends",
+        "csrc/backward.inc",
+        "if (a.dx) clear_dx(thread, working);",
+        "",
+        CPP + " -k gradients_that_end",
+    ),
+    Mutant(
+        "a job leaves subnormal numbers zero in the threads of torch",
+        "csrc/parallel.cpp",
+        "set_control(before_);",
+        "set_control(before_ | kFlush);",
+        CPP + " -k subnormals",
+    ),
+    Mutant(
         "a long product loses its first block of k",
         "csrc/product.inc",
         "const T* from = k ? c : init;",
@@ -180,8 +209,8 @@ MUTANTS = (
     Mutant(
         "the barrier lets a thread pass before the last arrives",
         "csrc/parallel.cpp",
-        "if (arrived_.fetch_add(1, std::memory_order_acq_rel) == team - 1) {",
-        "if (arrived_.fetch_add(1, std::memory_order_acq_rel) >= 0) {",
+        "memory_order_acq_rel) < count - 1) return false;",
+        "memory_order_acq_rel) < 0) return false;",
         CPP + " -k threads",
     ),
     Mutant(
@@ -400,6 +429,27 @@ MUTANTS = (
         NUMBA,
     ),
     Mutant(
+        "the recurrence ends although an earlier output has a gradient in Numba",
+        "kernels/numba/sequence.py",
+        "if step < first_dout:",
+        "if True:",
+        "tests/test_backends.py -k 'numba and gradients_that_end'",
+    ),
+    Mutant(
+        "the rows of dx that have a gradient are in another place",
+        "src/fastrnn/backends/products.py",
+        "pad(part, (0, 0, rows.start, N - rows.stop))",
+        "pad(part, (0, 0, N - rows.stop, rows.start))",
+        "tests/test_backends.py -k 'numba and gradients_that_end'",
+    ),
+    Mutant(
+        "torch's threads keep subnormal numbers zero after Numba",
+        "kernels/numba/subnormals.py",
+        "        parallel(leave_at, before, threads, 0)",
+        "        pass",
+        "tests/test_backends.py -k 'numba and subnormals'",
+    ),
+    Mutant(
         "the last sequence of a thread is left out in Numba",
         "kernels/numba/launch.py",
         "return arguments._replace(**addresses, begin=begin, end=end)",
@@ -474,7 +524,7 @@ class Tree:
         try:
             if mutant.path.startswith("csrc/"):
                 self.build()
-            test = self.pytest(*mutant.tests.split()) or self.pytest("tests")
+            test = self.pytest(*shlex.split(mutant.tests)) or self.pytest("tests")
         finally:
             path.write_text(text, encoding="utf-8")
             shutil.copy2(self.clean, self.extension)

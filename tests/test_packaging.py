@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from mutants import MUTANTS, planted
 from support import needs_extension, run_script
 
 import fastrnn
@@ -216,6 +217,13 @@ def test_every_package_is_listed() -> None:
         if path.name == "__init__.py"
     }
     assert found == set(settings["tool"]["setuptools"]["packages"])
+
+
+@needs_tree
+def test_every_planted_fault_has_its_place() -> None:
+    """``make mutants`` takes hours, and would end at the first that has none."""
+    for mutant in MUTANTS:
+        planted(mutant, (ROOT / mutant.path).read_text(encoding="utf-8"))
 
 
 def test_version_is_that_of_the_metadata() -> None:
