@@ -726,6 +726,22 @@ def test_gradients_that_end(
 @fast
 @modes
 @pytest.mark.parametrize("directions", [1, 2])
+def test_gradients_that_end_at_another_step_in_each_thread(
+    mode: str, directions: int, backend: str, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(2)
+    case = Case(mode, directions=directions, T=40, B=16, I=6, H=176)
+    m, d = forgetful(case, F32), data(case, F32)
+    COTANGENTS["a step for each"][1](d.cotangents[0])
+    for dfinal in d.cotangents[1:]:
+        dfinal.zero_()
+    expected = evaluate(copy.deepcopy(m).double(), case, d.to(F64), "reference")
+    assert_near(evaluate(m, case, d, backend), expected, F32)
+
+
+@fast
+@modes
+@pytest.mark.parametrize("directions", [1, 2])
 def test_steps_without_a_gradient_are_not_run(mode: str, directions: int, backend: str) -> None:
     """Their saved activations are not read."""
     case = Case(mode, directions=directions, T=30, B=3, I=4, H=20)
