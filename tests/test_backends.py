@@ -616,8 +616,11 @@ TINY = torch.full((100_000,), 1e-40)
 
 @fast
 @modes
-def test_the_mode_of_subnormals_is_ours_inside_and_theirs_outside(mode: str, backend: str) -> None:
-    case = Case(mode, directions=2, T=3, B=40, H=20)
+def test_the_mode_of_subnormals_is_ours_inside_and_theirs_outside(
+    mode: str, backend: str, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(2)
+    case = Case(mode, directions=2, T=30, B=40, I=64, H=20)  # worth two threads
     m, d = ours(case, F32), data(case, F32)
     d.x[0], d.x[1] = 1e-39, 1e-20
     assert (TINY * 1.0 > 0).all()

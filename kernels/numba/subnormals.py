@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -93,8 +94,10 @@ def _team() -> tuple[Any, int, int] | None:
     None without GNU's or LLVM's OpenMP, or on another processor. Intel's and LLVM's own threads
     take over their caller's mode.
     """
+    if not _FLUSH or not sys.platform.startswith(("linux", "darwin")):
+        return None
     run = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    if run is None or not _FLUSH:
+    if run is None:
         return None
     run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     run.restype = None
