@@ -728,6 +728,17 @@ def test_gradients_that_end(
 
 @fast
 @modes
+def test_one_step_without_a_gradient(mode: str, backend: str) -> None:
+    case = Case(mode, directions=2, T=1, B=3, I=4, H=20)
+    m, d = ours(case, F32), data(case, F32)
+    for cotangent in d.cotangents:
+        cotangent.zero_()
+    for name, gradient in evaluate(m, case, d, backend).items():
+        assert not name.startswith("grad") or not gradient.any(), name
+
+
+@fast
+@modes
 @pytest.mark.parametrize("directions", [1, 2])
 def test_gradients_that_end_at_another_step_in_each_thread(
     mode: str, directions: int, backend: str, set_threads: Callable[[int], None]

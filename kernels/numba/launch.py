@@ -326,8 +326,8 @@ def backward(
         columns = _columns(w_hh[0])
     zeros = x.new_zeros(max(columns, columns_hr))
     dgh, dh_product = x.new_empty(D, B, G * H_pad), x.new_empty(D, B, columns)
-    # Of each share of the sequences, at its first: see the kernel. T and -1 are unknown.
-    ending = torch.tensor([T, -1], device="cpu").repeat(D, max(B, 1), 1)
+    # Of each share of the sequences, at its first: see the kernel. T + 1 and -1 are unknown.
+    ending = torch.tensor([T + 1, -1], device="cpu").repeat(D, max(B, 1), 1)
     buffers = {
         "dgh": dgh,
         "dh_product": dh_product,
@@ -370,7 +370,7 @@ def backward(
         calls = [_share(a, buffers, d, 0, B) for d, a in enumerate(arguments)]
         for k in range(T + 1):
             for d, (call, w) in enumerate(zip(calls, w_hh, strict=True)):
-                if ending[d, 0, 0] < T:
+                if ending[d, 0, 0] <= T:
                     continue
                 if k > 0:
                     n = counts[k - 1 if d else T - k]
@@ -378,6 +378,6 @@ def backward(
                 kernel(*_over_steps(call, k, k + 1))
     dstate = own_states(layer, dh, ds, sizes, x.dtype)
     live = []
-    for d, first in enumerate(ending[:, :, 0].amin(1).tolist()):
+    for d, first in enumerate(ending[:, :, 0].amin(1).clamp(max=T).tolist()):
         live.append(slice(0, sum(counts[: T - first])) if d else slice(sum(counts[:first]), N))
     return dpre[..., :H], dstate, None if dh_all is None else dh_all[..., :P], live

@@ -84,7 +84,9 @@ def enter(before):
 
 def leave(before):
     """In the same thread: its mode as it was."""
-    set_control(before[_thread_number()])
+    bits = before[_thread_number()]
+    if bits >= 0:  # it was in the team that entered
+        set_control(bits)
 
 
 @cache
@@ -123,7 +125,7 @@ def subnormals_are_zero(team: bool) -> Iterator[None]:
             torch.set_flush_denormal(was_zero)
         return
     parallel, enter_at, leave_at = run
-    before = (ctypes.c_int64 * threads)()
+    before = (ctypes.c_int64 * threads)(*[-1] * threads)
     parallel(enter_at, before, threads, 0)
     try:
         yield
