@@ -314,21 +314,26 @@ class Report:
         return lines if len(lines) > 2 else []
 
     def last(self) -> list[str]:
-        """Training on the last output: times torch.nn, and of the time with all outputs."""
+        """A step with the gradient of the last output, beside one with that of every output."""
+        names = ("torch.nn", "jax", "fastrnn")
         lines = [
-            "| cell | (T, B, I, H) | against torch.nn "
-            "| of the time with a gradient of every output | of torch.nn's |",
-            "|---|---|---:|---:|---:|",
+            f"| cell | (T, B, I, H) | {' | '.join(f'{n}, ms' for n in names)} | against torch.nn "
+            "| fastrnn, last / all |",
+            "|---|---|" + "---:|" * (len(names) + 2),
         ]
         for cell, shape in product(CELLS, LAST):
-            one = self.find(cell, "training", shape, "last")
+            last = self.find(cell, "training", shape, "last")
             every = self.find(cell, "training", shape)
-            if one and every:
-                shares = (one.seconds[n] / every.seconds[n] for n in ("fastrnn", "torch.nn"))
-                shown = " | ".join(f"{share:.2f}" for share in shares)
-                lines.append(
-                    f"| {cell} | {shape} | {emphasised(one.ratios['torch.nn'])} | {shown} |"
+            if last and every:
+                shown = " | ".join(
+                    f"{1e3 * last.seconds[n]:.1f} / {1e3 * every.seconds[n]:.1f}"
+                    if n in last.seconds and n in every.seconds
+                    else ""
+                    for n in names
                 )
+                share = last.seconds["fastrnn"] / every.seconds["fastrnn"]
+                ratio = emphasised(last.ratios["torch.nn"])
+                lines.append(f"| {cell} | {shape} | {shown} | {ratio} | {share:.2f} |")
         return lines if len(lines) > 2 else []
 
     def odd_shapes(self) -> list[str]:
@@ -494,7 +499,13 @@ class Report:
 
     def last_mean(self, cell: str) -> str:
         found = [self.find(cell, "training", shape, "last") for shape in LAST]
-        return times(geometric_mean([r.ratios["torch.nn"] for r in found if r]))
+        ratios = [r.ratios["torch.nn"] for r in found if r]
+        if len(ratios) != len(LAST):
+            raise ValueError(
+                f"expected {len(LAST)} shapes of {cell} training on the last output for the "
+                f"README, got {len(ratios)}; run make bench again"
+            )
+        return times(geometric_mean(ratios))
 
     def shapes(self) -> str:
         """The second table of the README: some shapes, and the means."""

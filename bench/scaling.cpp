@@ -1,18 +1,21 @@
 // Predicts the time of a layer with more threads than the machine has cores: `make scaling`.
 //
-//     scaling [CELL]      one JSON object a line, for each cell, shape, pass and number of threads
+//     scaling MODE T B I H THREADS...     one JSON object a line, for each pass and number of
+//     threads
 //
 // Linked with the engine in place of parallel.cpp: `parallel` runs the share of each thread alone,
 // one after the other, and times it. The time of a region is that of its slowest share. Barriers do
-// nothing but count, and their cost and that of a region are added by a formula. Two things are not
-// predicted: threads compete for no cache and no memory, and the clock does not fall.
+// nothing but count, and their cost and that of a region are added by a formula. It does not
+// predict that threads compete for caches and memory, that they read what others have written, or
+// that the clock falls.
 #include <algorithm>
 #include <chrono>
-#include <ctime>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <map>
 #include <random>
 #include <vector>
@@ -34,11 +37,8 @@ double seconds() {
   return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
-// The parts of the predicted time since it was last cleared.
-struct Prediction {
-  double seconds = 0;
-  int threads = 1;  // the most that had work
-} g_prediction;
+// The predicted time since it was last set to zero.
+double g_seconds = 0;
 
 // The barriers that the running share has passed, by the size of the team.
 std::map<int, int64_t> g_barriers;
@@ -67,8 +67,7 @@ void parallel(int threads, int groups, Job job, void* context) {
     for (const auto& [team, count] : g_barriers) sum += double(count) * barrier_seconds(team);
     waits = std::max(waits, sum);
   }
-  g_prediction.seconds += slowest + waits + region_seconds(threads);
-  g_prediction.threads = std::max(g_prediction.threads, threads);
+  g_seconds += slowest + waits + region_seconds(threads);
 }
 
 bool in_forked_child() { return false; }
@@ -80,13 +79,6 @@ namespace {
 struct Shape {
   int64_t T, B, I, H;
 };
-
-constexpr Shape kShapes[] = {
-    {100, 1, 64, 64},    {100, 1, 512, 512}, {100, 8, 256, 256},   {100, 32, 64, 64},
-    {100, 32, 256, 256}, {50, 64, 512, 512}, {25, 64, 1024, 1024}, {200, 128, 128, 128},
-    {1000, 8, 32, 32},   {40, 48, 320, 512}, {30, 64, 700, 768},
-};
-constexpr int kThreads[] = {1, 2, 4, 8, 16, 32, 64};
 
 std::vector<float> random_values(int64_t count, double scale) {
   static std::mt19937 random(1);
@@ -141,18 +133,18 @@ struct Problem {
   }
 
   // The least predicted time of several calls.
-  Prediction best(int threads, bool training) {
-    Prediction best{1e9, 1};
+  double best(int threads, bool training) {
+    double best = HUGE_VAL;
     const auto start = Clock::now();
     for (int k = 0; k < 3 || (k < 20 && Clock::now() - start < std::chrono::milliseconds(150));
          ++k) {
       // Unlike in a real call, a share that runs alone does not see what others have written: the
       // values of a whole call are restored for those that read them.
       if (training) forward(1, true);
-      g_prediction = {};
+      g_seconds = 0;
       forward(threads, training);
       if (training) backward(threads);
-      if (g_prediction.seconds < best.seconds) best = g_prediction;
+      best = std::min(best, g_seconds);
     }
     return best;
   }
@@ -164,26 +156,29 @@ struct Problem {
 
 int main(int count, char** arguments) {
   using namespace fastrnn;
+  if (count < 7) {
+    std::fprintf(stderr, "usage: %s MODE T B I H THREADS...\n", arguments[0]);
+    return 2;
+  }
   const Engine* engine = nullptr;
   for (const Engine* e : engines()) {
     if (!engine && e->runs_here()) engine = e;
   }
-  for (int cell = 0; cell < engine->cells; ++cell) {
-    const char* mode = engine->cell[cell].mode;
-    if (count > 1 ? std::strcmp(mode, arguments[1]) : !std::strcmp(mode, "RNN_RELU")) continue;
-    for (const Shape& s : kShapes) {
-      Problem problem(*engine, cell, s);
-      for (const bool training : {false, true}) {
-        for (const int threads : kThreads) {
-          const Prediction p = problem.best(threads, training);
-          std::printf(
-              "{\"cell\": \"%s\", \"shape\": [%lld, %lld, %lld, %lld], \"which\": \"%s\", "
-              "\"threads\": %d, \"used\": %d, \"seconds\": %.3e, \"isa\": \"%s\"}\n",
-              mode, (long long)s.T, (long long)s.B, (long long)s.I, (long long)s.H,
-              training ? "training" : "inference", threads, p.threads, p.seconds, engine->name);
-          std::fflush(stdout);
-        }
-      }
+  int cell = 0;
+  while (cell < engine->cells && std::strcmp(engine->cell[cell].mode, arguments[1])) ++cell;
+  if (cell == engine->cells) {
+    std::fprintf(stderr, "unknown mode %s\n", arguments[1]);
+    return 2;
+  }
+  int64_t sizes[4];
+  for (int k = 0; k < 4; ++k) sizes[k] = std::atoll(arguments[2 + k]);
+  Problem problem(*engine, cell, {sizes[0], sizes[1], sizes[2], sizes[3]});
+  for (const bool training : {false, true}) {
+    for (int k = 6; k < count; ++k) {
+      const int threads = std::atoi(arguments[k]);
+      std::printf("{\"which\": \"%s\", \"threads\": %d, \"seconds\": %.3e}\n",
+                  training ? "training" : "inference", threads, problem.best(threads, training));
+      std::fflush(stdout);
     }
   }
 }

@@ -15,8 +15,8 @@ import os
 import statistics
 import subprocess
 import time
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
@@ -24,33 +24,30 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from rich.progress import Progress
-from workloads import CELLS, PASSES, Shape
+from workloads import CELLS, EVEN, PASSES, Shape
 
 import fastrnn
 
 MODES = {"RNN": "RNN_TANH", "GRU": "GRU", "LSTM": "LSTM"}
 THREADS = (1, 2, 4, 8, 16, 32, 64)
-SHAPES = 11  # of scaling.cpp
+# Beside the shapes of `make bench`: wide layers, whose weights exceed a core's caches.
+SHAPES = (*EVEN, Shape(40, 48, 320, 512), Shape(30, 64, 700, 768))
 SECONDS = 0.3  # of each measurement
 
-Results = dict[tuple[str, Shape, str], dict[int, dict[str, Any]]]
+Results = dict[tuple[str, Shape, str], dict[int, float]]
+"""Seconds by cell, shape and pass, and by number of threads."""
 
 
 def predicted(program: str, cells: list[str]) -> Results:
     results: Results = {}
     with Progress() as progress:
-        task = progress.add_task("predicting", total=len(cells) * SHAPES * 2 * len(THREADS))
-        for cell in cells:
-            command = [program, MODES[cell]]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-                assert process.stdout
-                for line in process.stdout:
-                    row = json.loads(line)
-                    key = (cell, Shape(*row["shape"]), row["which"])
-                    results.setdefault(key, {})[row["threads"]] = row
-                    progress.advance(task)
-            if process.returncode:
-                raise subprocess.CalledProcessError(process.returncode, command)
+        task = progress.add_task("predicting", total=len(cells) * len(SHAPES))
+        for cell, shape in product(cells, SHAPES):
+            command = [program, MODES[cell], *map(str, (*shape, *THREADS))]
+            for line in subprocess.check_output(command, text=True).splitlines():
+                row = json.loads(line)
+                results.setdefault((cell, shape, row["which"]), {})[row["threads"]] = row["seconds"]
+            progress.advance(task)
     return results
 
 
@@ -81,9 +78,9 @@ def measured(cell: str, shape: Shape, which: str, threads: int) -> float:
     return statistics.median(times)
 
 
-def measure(results: Results, cores: int) -> dict[tuple[str, Shape, str], dict[int, float]]:
+def measure(results: Results, cores: int) -> Results:
     counts = [n for n in THREADS if n <= cores]
-    found: dict[tuple[str, Shape, str], dict[int, float]] = {}
+    found: Results = {}
     if len(counts) < 2:
         return found
     with Progress() as progress:
@@ -92,7 +89,7 @@ def measure(results: Results, cores: int) -> dict[tuple[str, Shape, str], dict[i
     return found
 
 
-def table(results: Results, times: dict[tuple[str, Shape, str], dict[int, float]]) -> str:
+def table(results: Results, times: Results) -> str:
     lines = [
         "| cell | pass | (T, B, I, H) | ms of 1 thread | "
         + " | ".join(f"{n} threads" for n in THREADS[1:])
@@ -101,15 +98,15 @@ def table(results: Results, times: dict[tuple[str, Shape, str], dict[int, float]
     ]
     for key, row in results.items():
         cell, shape, which = key
-        one = row[1]["seconds"]
-        shown = " | ".join(f"{one / row[n]['seconds']:.1f}" for n in THREADS[1:])
+        one = row[1]
+        shown = " | ".join(f"{one / row[n]:.1f}" for n in THREADS[1:])
         own = times.get(key, {})
         here = ", ".join(f"{n}: {own[1] / own[n]:.1f}" for n in own if n > 1)
         lines.append(f"| {cell} | {which} | {shape} | {1e3 * one:.2f} | {shown} | {here} |")
     return "\n".join(lines)
 
 
-def plot(results: Results, times: dict[tuple[str, Shape, str], dict[int, float]]) -> plt.Figure:
+def plot(results: Results, times: Results) -> plt.Figure:
     cells = [c for c in CELLS if any(key[0] == c for key in results)]
     figure, axes = plt.subplots(
         2, len(cells), figsize=(5 * len(cells), 9), sharex=True, sharey=True, squeeze=False
@@ -121,7 +118,7 @@ def plot(results: Results, times: dict[tuple[str, Shape, str], dict[int, float]]
             shapes = [s for c, s, w in results if (c, w) == (cell, which)]
             for k, shape in enumerate(shapes):
                 key, color = (cell, shape, which), f"C{k % 10}"
-                seconds = [results[key][n]["seconds"] for n in THREADS]
+                seconds = [results[key][n] for n in THREADS]
                 ax.plot(THREADS, [seconds[0] / s for s in seconds], color=color, label=str(shape))
                 own = times.get(key, {})
                 ax.plot(list(own), [own[1] / s for s in own.values()], "o", color=color)
@@ -149,9 +146,9 @@ def main() -> None:
     print(table(results, times))
     args.out.mkdir(parents=True, exist_ok=True)
     rows = [
-        {**results[key][n], "measured": times.get(key, {}).get(n)}
-        for key in results
-        for n in THREADS
+        {"cell": cell, "shape": shape, "which": which, "predicted": row, "measured": times.get(key)}
+        for key, row in results.items()
+        for cell, shape, which in [key]
     ]
     (args.out / "scaling.json").write_text(json.dumps(rows, indent=1))
     figure = plot(results, times)

@@ -195,7 +195,7 @@ void leave_core(int core) {
 void parallel(int threads, int groups, Job job, void* context) {
 #ifdef _OPENMP
   if (threads > 1) {
-    Barrier few[3];
+    Barrier few[3];  // the usual case allocates nothing
     std::vector<Barrier> many(groups < 3 ? 0 : 1 + groups);
     Barrier* const barriers = groups < 3 ? few : many.data();
     std::atomic<int64_t> busy{0};  // total over the threads that have work, from start to their end

@@ -32,8 +32,9 @@ constexpr double kUnmeasured = 60;
 // A core reads its own cache while it multiplies, but this share of the shorter time remains. What
 // comes from further away it waits for.
 constexpr double kNotHidden = 0.2;
-// Threads share units only if the model promises this much: the other division waits for nobody.
-constexpr double kMinGain = 0.9;
+// Threads share units only if a step then takes at most this share of the time: without sharing, a
+// thread waits for no other.
+constexpr double kMaxShareOfTime = 0.9;
 
 // Bytes per second that one core reads from its first and second cache, a cache that it shares with
 // others, and memory (bench/probe.cpp on two servers).
@@ -63,9 +64,10 @@ double step_seconds(const StepWork& work, double rows, int sharing, double barri
   const auto& [first, second, third] = caches.sizes;
   const double part =
       static_cast<double>((work.panels + sharing - 1) / sharing) / static_cast<double>(work.panels);
-  const double bytes = part * work.bytes, own = bytes > second ? kKept * second : bytes;
   const double multiply = part * work.flops * rows / (kTileRate * work.rate);
-  const double near = own / kBandwidth[bytes > first];
+  // The weights that a core keeps in its own caches, and the rest, which comes from further away.
+  const double bytes = part * work.bytes, own = bytes > second ? kKept * second : bytes;
+  const double near = own / kBandwidth[bytes > first ? 1 : 0];
   const double far = (bytes - own) / kBandwidth[bytes > third ? 3 : 2];
   const double seconds = std::max(multiply, near) + kNotHidden * std::min(multiply, near) + far;
   if (sharing == 1) return seconds;
@@ -90,7 +92,7 @@ Division best_division(const Rows& rows, int D, int max_threads, bool may_share,
   for (int sharing = 1; sharing <= most; ++sharing) {
     for (int64_t groups = std::min<int64_t>(max_threads / sharing, sequences); groups;
          groups /= 2) {
-      // A group that has more than one direction runs one after the other.
+      // Where there are fewer groups than directions, each runs them one after the other.
       const int64_t turns = groups < D ? D : 1;
       const auto in_turn = static_cast<double>((sequences + groups * turns - 1) / (groups * turns));
       const double seconds =
@@ -99,7 +101,7 @@ Division best_division(const Rows& rows, int D, int max_threads, bool may_share,
       if (seconds < to.seconds) to = {static_cast<int>(groups) * sharing, sharing, seconds};
     }
   }
-  return best_shared.seconds < kMinGain * best.seconds ? best_shared : best;
+  return best_shared.seconds < kMaxShareOfTime * best.seconds ? best_shared : best;
 }
 
 }  // namespace
@@ -119,12 +121,12 @@ Plan::Plan(const Rows& rows, int D, int max_threads, bool deterministic, const S
     };
     Division chosen = divide(work.sharable, kBarrierSeconds);
     // A bias gradient is summed in another order if units are shared, so a deterministic layer
-    // decides by its sizes alone.
+    // decides by its sizes and those of the caches alone.
     if (chosen.sharing > 1 && !deterministic) {
       if (chosen.seconds < kUnmeasured * kBarrierSeconds * std::log2(chosen.sharing)) {
         chosen = divide(true, barrier_seconds(max_threads) / std::log2(max_threads));
       }
-      // The measurement may have found that they are.
+      // Asked last: the measurement may have found that they are.
       if (chosen.sharing > 1 && cores_are_contended()) chosen = divide(false, 0);
     }
     threads = chosen.threads;

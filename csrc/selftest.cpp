@@ -400,14 +400,17 @@ int main() {
     }
     // More rows, units and inputs than one block of the products.
     check_agreement<float>(cell, {dense(31, 9), 300, 140, 140, 1, true, true, true}, 1e-4);
-    // Few sequences and wide layers: the plan that splits units.
+    // Few sequences and wide layers: the plan that shares units.
     check_agreement<float>(cell, {dense(3, 1), 8, 520, 520, 1, true, true, true}, 1e-4);
     // Gradients that end, at another step in each sequence.
     for (int D : {1, 2}) {
       check_agreement<float>(cell, {dense(250, 3), 5, 17, 17, D, true, false, true, true}, 1e-4);
     }
-    check_agreement<float>(cell, {dense(190, 1), 8, 264, 264, 1, true, false, true, true}, 1e-4,
-                           {1, 2, 3}, true);
+    // Also where a group runs one direction after the other.
+    for (int D : {1, 2}) {
+      check_agreement<float>(cell, {dense(190, 1), 8, 264, 264, D, true, false, true, true}, 1e-4,
+                             {1, 2, 3}, true);
+    }
     // Many more threads than cores: groups of several threads, and branches of the barrier.
     if (threading()) {
       const std::vector<int> teams = {1, 3, 7, 16, 64};

@@ -368,9 +368,10 @@ def backward(
         _run(kernel, sizes, 2 * N * D * G * H_pad * P_pad, T + 1, arguments, buffers)
     else:
         calls = [_share(a, buffers, d, 0, B) for d, a in enumerate(arguments)]
+        first_steps = ending[:, 0, 0].numpy()
         for k in range(T + 1):
             for d, (call, w) in enumerate(zip(calls, w_hh, strict=True)):
-                if ending[d, 0, 0] <= T:
+                if first_steps[d] <= T:
                     continue
                 if k > 0:
                     n = counts[k - 1 if d else T - k]

@@ -1,4 +1,4 @@
-"""Subnormal numbers are zero in every thread that computes a layer.
+"""Subnormal numbers are zero in the threads that compute a layer.
 
 A processor takes some hundred cycles for an operation with one, and gradients that fade consist of
 them. The mode belongs to a thread: to the caller, to the threads of the kernels' own pool, and to
@@ -113,21 +113,24 @@ def _is_zero() -> bool:
 
 
 @contextmanager
-def subnormals_are_zero(team: bool) -> Iterator[None]:
-    """The mode of the calling thread and, with ``team``, of torch's; put back at the end."""
+def subnormals_are_zero() -> Iterator[None]:
+    """The mode of the calling thread and of torch's threads; put back at the end."""
     was_zero = _is_zero()
-    threads, run = torch.get_num_threads(), _team() if team else None
-    if run is None or threads == 1:
+    threads = torch.get_num_threads()
+    run = _team() if threads > 1 else None
+    if run is None:
         torch.set_flush_denormal(True)
         try:
             yield
         finally:
             torch.set_flush_denormal(was_zero)
         return
+    # Also where torch needs only one thread: another would inherit the caller's mode, and keep it,
+    # if it began in the meantime.
     parallel, enter_at, leave_at = run
     before = (ctypes.c_int64 * threads)(*[-1] * threads)
-    parallel(enter_at, before, threads, 0)
     try:
+        parallel(enter_at, before, threads, 0)
         yield
     finally:
         parallel(leave_at, before, threads, 0)

@@ -53,9 +53,6 @@ MAX_UNITS, MAX_HIDDEN = 512, 32
 Source: docs/performance.md.
 """
 
-WORTH_A_TEAM = 1 << 20
-"""Floating-point operations of a product below which torch's library runs it in one thread."""
-
 
 def missing() -> str | None:
     if importlib.util.find_spec("numba") is None:
@@ -103,7 +100,7 @@ def describe() -> str:
 
 
 @contextmanager
-def _launcher(layer: Layer, x: Tensor) -> Iterator[ModuleType]:
+def _launcher() -> Iterator[ModuleType]:
     """kernels/numba/launch.py, with no more threads than torch has in this process.
 
     Inside the block, torch's products make subnormal numbers zero too.
@@ -112,8 +109,7 @@ def _launcher(layer: Layer, x: Tensor) -> Iterator[ModuleType]:
     from fastrnn.kernels.numba.subnormals import subnormals_are_zero
 
     one_thread_in_a_child()
-    flops = 2 * x.numel() * layer.D * layer.G * layer.H
-    with subnormals_are_zero(team=flops > WORTH_A_TEAM):
+    with subnormals_are_zero():
         yield launch
 
 
@@ -135,7 +131,7 @@ def saved_spec(layer: Layer, dtype: torch.dtype) -> tuple[tuple[int, ...], torch
 def forward(layer: Layer, x: Tensor, save: bool) -> tuple[Tensor, State, Tensor | None]:
     if x.dtype in HALF_DTYPES:
         return forward_in_float32(forward, layer, x, save)
-    with _launcher(layer, x) as launch:
+    with _launcher() as launch:
         result: tuple[Tensor, State, Tensor | None] = launch.forward(layer, x, save)
     return result
 
@@ -153,6 +149,6 @@ def backward(
     if x.dtype in HALF_DTYPES:
         return backward_in_float32(backward, layer, x, out, saved, dout, dfinal, needed)
     check_saved(layer, x, out, saved, saved_spec(layer, x.dtype)[0])
-    with _launcher(layer, x) as launch:
+    with _launcher() as launch:
         recurrence = Recurrence(*launch.backward(layer, x, out, saved, dout, dfinal))
         return gradients(layer, x, out, saved[..., : layer.H], needed, recurrence)
